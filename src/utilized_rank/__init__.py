@@ -1,0 +1,1 @@
+"""How much of its space does each layer of a trained network use?"""

@@ -1,0 +1,311 @@
+"""A study's parameters: read from ``params.yaml``, checked whole, and frozen.
+
+Every stage reads its parameters through :func:`load_study`, so a mistyped key or a value out of
+range stops the first stage that runs, before it has done any work.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+Positive = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(gt=0, lt=1)]
+Percent = Annotated[float, Field(ge=0, le=100)]
+# A run's name becomes a DVC stage name and a file name; DVC cannot resolve a dot in it.
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
+FROM_SCRATCH = "none"
+
+
+class StudyError(Exception):
+    """A mistake that the user can mend: its message says what, where and how."""
+
+
+class Section(BaseModel):
+    """A part of the parameters: immutable, and closed to unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Data(Section):
+    """Which images, at which size, and how they are split."""
+
+    source: Literal["sklearn"]
+    dataset: Literal["digits"]
+    image_size: Annotated[int, Field(ge=8, le=64)]
+    search_fraction: Fraction
+    """Part of all images held out of training for the rank search."""
+    test_fraction: Fraction
+    """Part of all images used for reported numbers only."""
+    limit: Positive | None = None
+    """Keep this many images, stratified (a shrunken study for tests); all where it is null."""
+
+    @model_validator(mode="after")
+    def _something_left_to_train_on(self) -> Data:
+        if self.search_fraction + self.test_fraction >= 1:
+            raise ValueError("search_fraction + test_fraction must leave something to train on")
+        return self
+
+
+class Model(Section):
+    """An architecture and its size."""
+
+    architecture: Literal["vgg11", "resnet20", "vit"]
+    width: Annotated[float, Field(gt=0)] = 1.0
+    """Channels, as a multiple of the published network's (vgg11, resnet20)."""
+    dim: Positive = 96
+    """Embedding width (vit)."""
+    depth: Positive = 6
+    """Transformer blocks (vit)."""
+    heads: Positive = 3
+    """Attention heads (vit)."""
+    patch_size: Positive = 8
+    """Pixels on a side of one token (vit)."""
+
+    @model_validator(mode="after")
+    def _heads_divide_dim(self) -> Model:
+        if self.dim % self.heads:
+            raise ValueError(f"dim {self.dim} is not a multiple of heads {self.heads}")
+        return self
+
+
+class Augmentation(Section):
+    """Random changes to each training image, drawn anew at each step."""
+
+    shift: Annotated[float, Field(ge=0, le=0.5)] = 0.0
+    """Largest translation, as a fraction of the image's side."""
+    rotate: Annotated[float, Field(ge=0, le=180)] = 0.0
+    """Largest rotation, in degrees."""
+    scale: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Largest relative change of size."""
+    contrast: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Largest relative change of contrast."""
+    noise: Annotated[float, Field(ge=0)] = 0.0
+    """Standard deviation of added Gaussian noise, in units of the normalised image."""
+    flip: bool = False
+    """Mirror half of the images left to right."""
+
+
+class Recipe(Section):
+    """One optimisation: AdamW or SGD with momentum, linear warm-up, cosine decay to zero."""
+
+    epochs: Positive
+    lr: Annotated[float, Field(gt=0)]
+    batch_size: Annotated[int, Field(gt=1)] = 64
+    optimizer: Literal["sgd", "adamw"] = "adamw"
+    weight_decay: Annotated[float, Field(ge=0)] = 0.05
+    warmup_epochs: Annotated[float, Field(ge=0)] = 1.0
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    augmentation: Augmentation = Augmentation()
+
+
+class Pretrained(Recipe):
+    """Weights to start from: made here by self-supervision, or read from a given checkpoint."""
+
+    method: Literal["simclr", "checkpoint"]
+    model: Model
+    epochs: Positive = 1
+    lr: Annotated[float, Field(gt=0)] = 1e-3
+    temperature: Annotated[float, Field(gt=0)] = 0.2
+    """Of the contrastive loss (simclr)."""
+    projection_dim: Positive = 64
+    """Width of the projection head's output (simclr)."""
+    file: str | None = None
+    """A safetensors file (checkpoint)."""
+    sha256: str | None = None
+    """The file's SHA-256, so that another file under its name is noticed (checkpoint)."""
+
+    @model_validator(mode="after")
+    def _checkpoint_names_its_file(self) -> Pretrained:
+        if (self.method == "checkpoint") != (self.file is not None and self.sha256 is not None):
+            raise ValueError("file and sha256 belong to method: checkpoint, and it needs both")
+        return self
+
+
+class Train(Recipe):
+    """How a run's network comes to be, from its initial weights."""
+
+    method: Literal["supervised", "linear", "as_given"] = "supervised"
+    """All weights; the classifier alone on a frozen encoder; or no training at all."""
+    epochs: Positive = 1
+    lr: Annotated[float, Field(gt=0)] = 1e-3
+
+
+class Run(Section):
+    """One network of the study."""
+
+    label: str
+    """Its name in tables and figures."""
+    model: Model
+    pretrained: str = FROM_SCRATCH
+    """A key of ``pretrained``, or ``none`` to start from random weights."""
+    train: Train
+    finetune: Recipe
+
+
+class Measure(Section):
+    """The moment pass and the rank search."""
+
+    calibration_images: Positive
+    """Training images over which the second moments are taken (all of them where there are fewer)."""
+    epsilons: Annotated[list[Percent], Field(min_length=1)]
+    """Tolerated loss of accuracy on the search split, in percentage points."""
+    criterion: Literal["rank", "energy"] = "rank"
+    """Search k_S and k_T each on its own, or one energy threshold for both."""
+    batch_size: Positive = 128
+    """Images a batch in the moment pass."""
+    memory: Positive = 2048
+    """MiB that the rank search may use to keep what flows into a layer."""
+
+
+class Decompose(Section):
+    """Which low-rank weights are built at the ranks found."""
+
+    methods: Annotated[list[Literal["projection", "optimal", "svd"]], Field(min_length=1)]
+    finetuned: Annotated[list[Literal["projection", "optimal", "svd"]], Field(min_length=1)]
+    """Those of ``methods`` that are trained on."""
+    sweep_points: Annotated[int, Field(ge=2)] = 8
+    """Kept dimensions tried for each curve of Figure 1."""
+
+    @model_validator(mode="after")
+    def _finetunes_what_it_builds(self) -> Decompose:
+        if missing := sorted(set(self.finetuned) - set(self.methods)):
+            raise ValueError(f"finetuned names {missing}, which methods does not build")
+        return self
+
+
+class Comparison(Section):
+    """Three runs of one architecture that differ in how they were trained."""
+
+    label: str
+    supervised: Name
+    linear: Name
+    finetuned: Name
+
+    def runs(self) -> dict[str, str]:
+        """The kind of training and the run that had it."""
+        return {"supervised": self.supervised, "linear": self.linear, "finetuned": self.finetuned}
+
+
+class Study(Section):
+    """All parameters of a study."""
+
+    name: Name
+    title: str
+    seed: Annotated[int, Field(ge=0)] = 0
+    threads: Positive = 2
+    """Threads for torch; fixed, because sums over other counts differ in the last digit."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of the arithmetic while training; everything measured is float32 or float64."""
+    data: Data
+    pretrained: dict[Name, Pretrained] = {}
+    runs: Annotated[dict[Name, Run], Field(min_length=1)]
+    measure: Measure
+    decompose: Decompose
+    comparisons: dict[Name, Comparison] = {}
+
+    @model_validator(mode="after")
+    def _names_are_defined(self) -> Study:
+        if FROM_SCRATCH in self.pretrained:
+            raise ValueError(f"pretrained.{FROM_SCRATCH} is taken: it means random weights")
+        for name, run in self.runs.items():
+            where = f"runs.{name}.pretrained"
+            if run.pretrained != FROM_SCRATCH:
+                _require(where, run.pretrained, self.pretrained)
+                if self.pretrained[run.pretrained].model != run.model:
+                    raise ValueError(f"{where}: {run.pretrained} was made with another model")
+            elif run.train.method != "supervised":
+                raise ValueError(f"{where} is none, so train.method must be supervised")
+        for name, comparison in self.comparisons.items():
+            for kind, run_name in comparison.runs().items():
+                _require(f"comparisons.{name}.{kind}", run_name, self.runs)
+            if len({self.runs[run].model for run in comparison.runs().values()}) > 1:
+                raise ValueError(f"comparisons.{name}: its runs do not share one model")
+        return self
+
+
+def _require(where: str, name: str, known: dict[str, Any]) -> None:
+    if name not in known:
+        raise ValueError(f"{where}: there is no {name!r}{_suggestion(name, known)}")
+
+
+def _suggestion(word: str, known: Iterator[str] | dict[str, Any] | list[str]) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f" (known: {', '.join(sorted(known))})"
+
+
+def project_root() -> Path:
+    """The working directory or the nearest folder above it that holds ``params.yaml``.
+
+    Raises:
+        StudyError: there is none.
+    """
+    here = Path.cwd()
+    for folder in (here, *here.parents):
+        if (folder / "params.yaml").is_file():
+            return folder
+    raise StudyError(f"no params.yaml in {here} or above it: run this inside the project")
+
+
+def load_study(root: Path | None = None) -> Study:
+    """Read and check ``params.yaml`` in ``root`` (the project around the working directory by default).
+
+    Raises:
+        StudyError: the file is missing, is not YAML, has an unknown key or a value out of range;
+            the message has one line for each mistake.
+    """
+    path = (root or project_root()) / "params.yaml"
+    try:
+        # ruamel reads YAML 1.2, as DVC does; other loaders take 1e-3 for a string.
+        values = YAML(typ="safe").load(path.read_text())
+    except OSError as error:
+        raise StudyError(f"{path.name} cannot be read: {error.strerror}") from error
+    except YAMLError as error:
+        raise StudyError(f"{path.name} is not valid YAML: {error}") from error
+    return parse_study(values)
+
+
+def parse_study(values: Any) -> Study:
+    """Check ``values``, the content of a ``params.yaml``.
+
+    Raises:
+        StudyError: as :func:`load_study`.
+    """
+    try:
+        return Study.model_validate(values)
+    except ValidationError as error:
+        lines = [f"params.yaml: {_explain(item)}" for item in error.errors()]
+        raise StudyError("\n".join(lines)) from error
+
+
+def _explain(item: Any) -> str:
+    """One line for one of pydantic's errors."""
+    location = [part for part in item["loc"] if part != "[key]"]
+    where = ".".join(str(part) for part in location) or "the study"
+    if item["type"] == "extra_forbidden":
+        section = _section_at(location[:-1])
+        return f"unknown key {where}{_suggestion(str(location[-1]), list(section.model_fields))}"
+    if item["type"] == "value_error":
+        return f"{where}: {item['ctx']['error']}" if location else str(item["ctx"]["error"])
+    if item["type"] == "missing":
+        return f"{where} is missing"
+    return f"{where} is {item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}"
+
+
+def _section_at(location: list[str | int]) -> type[Section]:
+    """The section of the parameters that ``location`` points into."""
+    section: type[Section] = Study
+    for part in location:
+        field = section.model_fields.get(str(part))
+        if field is None:  # a user's own name, as in runs.NAME: the section was found one step above
+            continue
+        candidates = [field.annotation, *getattr(field.annotation, "__args__", ())]
+        found = [c for c in candidates if isinstance(c, type) and issubclass(c, Section)]
+        section = found[0] if found else section
+    return section

@@ -1,0 +1,191 @@
+"""From measured ranks to smaller networks: projected, then factorized where that saves weights."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from . import cost
+from .evaluation import is_correct, outputs
+from .intervals import paired_change
+from .layers import Layer, countable
+from .lowrank import METHODS, Factors, Target, factorized, restructure, right_singular, saves, substitute
+from .moments import Moments
+from .projection import bases, projected, replaced
+from .store import read_tensors, write_network
+from .subspaces import Subspace, numerical_rank
+
+
+@dataclass(frozen=True)
+class Decomposed:
+    """A network with some layers in two, and how to give another network that form."""
+
+    network: nn.Module
+    ranks: dict[str, list[int]]
+    """For each factorized layer, its rank and whether it has a bias (see lowrank.restructure)."""
+
+
+def save(decomposed: Decomposed, path: Path) -> None:
+    """Write a decomposed network, with its form in the file's header."""
+    write_network(path, decomposed.network, {"ranks": decomposed.ranks})
+
+
+def load(network: nn.Module, path: Path) -> nn.Module:
+    """A copy of ``network`` in the form and with the weights that :func:`save` wrote."""
+    tensors, described = read_tensors(path)
+    result = copy.deepcopy(network)
+    restructure(result, described["ranks"])
+    result.load_state_dict(tensors)
+    return result.eval()
+
+
+class Decomposition:
+    """The low-rank networks of one measured network.
+
+    Args:
+        network: never changed.
+        layers: its utilized ranks, as in ``Measurement.layers``.
+        moments: of the inputs of its layers.
+    """
+
+    def __init__(self, network: nn.Module, layers: pd.DataFrame, moments: dict[str, Moments]) -> None:
+        self.network = network
+        self.layers = {layer.name: layer for layer in countable(network).layers}
+        self.ranks = layers
+        self.moments = moments
+        self.bases: dict[str, tuple[Subspace, Subspace]] = {
+            name: bases(layer, moments[name]) for name, layer in self.layers.items()
+        }
+
+    def targets(self, epsilon: float) -> list[Target]:
+        """Every layer with the ranks found at ``epsilon``."""
+        rows = self.ranks[self.ranks.epsilon == epsilon]
+        return [
+            Target(self.layers[row.layer], self.moments[row.layer], *self.bases[row.layer], row.k_s, row.k_t)
+            for row in rows.itertuples()
+        ]
+
+    def projected_weights(self, epsilon: float) -> dict[Layer, Tensor]:
+        """W' = P_S W P_T of every layer, (g, m, n)."""
+        return {t.layer: projected(t.layer.weight(), t.s, t.t, t.k_s, t.k_t) for t in self.targets(epsilon)}
+
+    def build(self, method: str, epsilon: float) -> Decomposed:
+        """A copy of the network with every layer in two where that saves weights, by ``method``."""
+        chosen = [t for t in self.targets(epsilon) if saves(t.layer, t.rank)]
+        factors: dict[str, Factors] = {t.layer.name: METHODS[method](t) for t in chosen}
+        network = copy.deepcopy(self.network)
+        pairs = {name: factorized(self.layers[name], factor) for name, factor in factors.items()}
+        substitute(network, dict(pairs))
+        form = {name: [factors[name].rank, int(two[1].bias is not None)] for name, two in pairs.items()}
+        return Decomposed(network, form)
+
+    def weight_ranks(self, epsilon: float) -> pd.DataFrame:
+        """Numerical rank of W and of W' layer by layer: layer, width, rank_before, rank_after, r."""
+        rows = []
+        for target in self.targets(epsilon):
+            layer = target.layer
+            after = projected(layer.weight(), target.s, target.t, target.k_s, target.k_t)
+            rows.append(
+                {
+                    "layer": layer.name,
+                    "width": layer.width,
+                    "rank_before": max(numerical_rank(w) for w in layer.weight()),
+                    "rank_after": max(numerical_rank(w) for w in after),
+                    "r": min(target.k_s, target.k_t, layer.width),
+                }
+            )
+        return pd.DataFrame(rows)
+
+
+def agreement(network: nn.Module, weights: dict[Layer, Tensor], inputs: Tensor) -> float:
+    """Relative error of the logits when ``weights`` stand in for the network's own: ||z - z'|| / ||z||."""
+    before = outputs(network, inputs)
+    with replaced(weights):
+        after = outputs(network, inputs)
+    return float((before - after).norm() / before.norm())
+
+
+def assess(network: nn.Module, inputs: Tensor, labels: Tensor, reference: np.ndarray, **about: Any) -> dict[str, Any]:
+    """One row of a results table: accuracy, its change against ``reference`` and what the network costs.
+
+    Args:
+        network: to be looked at.
+        inputs: normalised test images, (N, C, H, W).
+        labels: int64 (N,).
+        reference: bool (N,), the images that the reference network gets right.
+        about: further columns.
+    """
+    right = is_correct(network, inputs, labels)
+    change = paired_change(reference, right)
+    return {
+        **about,
+        "accuracy": 100 * float(right.mean()),
+        "images": len(right),
+        "change": change.points,
+        "change_low": change.low,
+        "change_high": change.high,
+        "parameters": cost.parameters(network),
+        "flops": cost.flops(network, inputs[:1]),
+    }
+
+
+def results_table(rows: list[dict[str, Any]]) -> pd.DataFrame:
+    """The rows of :func:`assess`; the epsilon of a network that has none is missing."""
+    table = pd.DataFrame(rows)
+    return table.astype({"epsilon": float})
+
+
+def sweep(
+    layer: Layer, s: Subspace, t: Subspace, points: int, accuracy: Callable[[], float], generator: torch.Generator
+) -> pd.DataFrame:
+    """Figure 1: accuracy against the dimensions kept in one layer, for five kinds of subspace.
+
+    Args:
+        layer: whose weight is replaced, and put back.
+        s: principal subspace of its inputs.
+        t: principal subspace of its outputs.
+        points: how many numbers of dimensions to try, from 1 to min(m, n), evenly on a log scale.
+        accuracy: of the network as it stands, in percent.
+        generator: of the random subspace.
+
+    Returns one row a subspace and k: subspace, k, accuracy.
+    """
+    weight, width = layer.weight().double(), layer.width
+    shape = (layer.groups, layer.n, layer.n)
+    random = torch.linalg.qr(torch.randn(shape, generator=generator, dtype=torch.float64)).Q
+    singular = right_singular(weight)
+
+    def onto(basis: Tensor, k: int) -> Tensor:
+        return weight @ basis[..., :k] @ basis[..., :k].mT
+
+    kinds: dict[str, Callable[[int], Tensor]] = {
+        "inputs only": lambda k: projected(weight, s, t, k, layer.n),
+        "outputs only": lambda k: projected(weight, s, t, layer.m, k),
+        "both": lambda k: projected(weight, s, t, k, k),
+        "SVD of W": lambda k: onto(singular, k),
+        "random": lambda k: onto(random, k),
+    }
+    rows = []
+    for k in np.unique(np.geomspace(1, width, points).round().astype(int)).tolist():
+        for kind, matrix in kinds.items():
+            with replaced({layer: matrix(k)}):
+                rows.append({"subspace": kind, "k": k, "accuracy": accuracy()})
+    return pd.DataFrame(rows)
+
+
+def spectra(layer: Layer, target: Target) -> pd.DataFrame:
+    """Singular values of W and of W', each over the largest of W: dimension, W, projected."""
+    before = torch.linalg.svdvals(layer.weight().double()).amax(0)
+    after = torch.linalg.svdvals(projected(layer.weight(), target.s, target.t, target.k_s, target.k_t)).amax(0)
+    dimension = np.arange(1, len(before) + 1)
+    return pd.DataFrame(
+        {"dimension": dimension, "W": (before / before[0]).numpy(), "projected": (after / before[0]).numpy()}
+    )

@@ -1,0 +1,32 @@
+"""What a network predicts, and the features it predicts from."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+BATCH = 256
+
+
+@torch.inference_mode()
+def outputs(network: nn.Module, inputs: Tensor, batch_size: int = BATCH) -> Tensor:
+    """What a network in evaluation mode gives for ``inputs`` (N, C, H, W): (N, ...), float32."""
+    network.eval()
+    return torch.cat([network(batch).float() for batch in inputs.split(batch_size)])
+
+
+def is_correct(network: nn.Module, inputs: Tensor, labels: Tensor) -> np.ndarray:
+    """Which images are classified correctly: bool (N,)."""
+    return (outputs(network, inputs).argmax(1) == labels).numpy()
+
+
+def features(network: nn.Module, classifier: nn.Module, inputs: Tensor) -> Tensor:
+    """What flows into ``classifier``, a module of ``network``: (N, D)."""
+    seen: list[Tensor] = []
+    hook = classifier.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    try:
+        outputs(network, inputs)
+    finally:
+        hook.remove()
+    return torch.cat(seen)

@@ -1,0 +1,1 @@
+"""Figures: results in (tables), figures out; one style for the whole study."""

@@ -1,0 +1,96 @@
+"""Utilization: the moments of every layer, its principal subspaces, and its utilized rank."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pandas as pd
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from . import config
+from .data import Dataset, check_resolution
+from .layers import Layer, Selection, countable
+from .moments import Moments, input_moments
+from .projection import bases
+from .rank_search import Ranks, search, search_energy
+from .subspaces import Subspace
+from .trials import Trials
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What :func:`measure` found."""
+
+    layers: pd.DataFrame
+    """One row a layer and epsilon: layer, m, n, groups, epsilon, k_s, k_t, k_s_alone, k_t_alone, r, utilization."""
+    left_out: dict[str, str]
+    """Layers that do not count, and why."""
+    trials: pd.DataFrame
+    """Every evaluation of the rank search."""
+    moments: dict[str, Moments]
+    search_images: int
+    search_correct: int
+
+    def mean_layer_utilization(self) -> dict[float, float]:
+        """MLU at each epsilon: the mean of r / min(m, n) over the layers that count."""
+        return {float(e): float(rows.utilization.mean()) for e, rows in self.layers.groupby("epsilon")}
+
+
+def measure(network: nn.Module, dataset: Dataset, parameters: config.Measure) -> Measurement:
+    """Measure the utilized rank of every countable layer of ``network``, layer by layer, others intact.
+
+    Raises:
+        StudyError: an epsilon is finer than one image of the search split.
+        FloatingPointError: a layer receives NaN or Inf.
+    """
+    check_resolution(len(dataset.splits["search"]), parameters.epsilons)
+    selection: Selection = countable(network)
+    calibration = dataset.inputs("train", parameters.calibration_images)
+    moments = input_moments(network, selection.layers, calibration.split(parameters.batch_size))
+    trials = Trials(network, dataset.inputs("search"), dataset.labels("search"), parameters.memory)
+    rows = []
+    for layer in tqdm(selection.layers, desc="rank search", unit="layer"):
+        s, t = bases(layer, moments[layer.name])
+        for epsilon in parameters.epsilons:
+            ranks = layer_ranks(layer, s, t, trials, epsilon, parameters.criterion)
+            rows.append(_row(layer, epsilon, ranks))
+    return Measurement(
+        pd.DataFrame(rows),
+        selection.left_out,
+        trials.table(),
+        moments,
+        len(dataset.splits["search"]),
+        trials.correct,
+    )
+
+
+def layer_ranks(layer: Layer, s: Subspace, t: Subspace, trials: Trials, epsilon: float, criterion: str) -> Ranks:
+    """The ranks of one layer at one tolerance; all 0 for a dead one (no input, or no output, ever)."""
+    if float(t.values.sum()) == 0:
+        return Ranks(0, 0, 0, 0, 0)
+    needed = trials.needed(epsilon)
+
+    def passes(k_s: int, k_t: int) -> bool:
+        return trials.passes(layer, s, t, k_s, k_t, needed)
+
+    if criterion == "energy":
+        return search_energy(passes, layer.m, layer.n, _over_groups(s), _over_groups(t))
+    return search(passes, layer.m, layer.n)
+
+
+def _over_groups(subspace: Subspace) -> torch.Tensor:
+    return subspace.values.sum(0)
+
+
+def _row(layer: Layer, epsilon: float, ranks: Ranks) -> dict[str, object]:
+    return {
+        "layer": layer.name,
+        "m": layer.m,
+        "n": layer.n,
+        "groups": layer.groups,
+        "epsilon": epsilon,
+        **vars(ranks),
+        "utilization": ranks.r / layer.width,
+    }

@@ -1,0 +1,55 @@
+"""W' = P_S W P_T, and weights that are put in place for a while and always put back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+from .layers import Layer
+from .moments import Moments
+from .subspaces import Subspace, output_moment, principal
+
+
+def bases(layer: Layer, moments: Moments) -> tuple[Subspace, Subspace]:
+    """The principal subspaces of a layer's inputs and outputs, from uncentred second moments."""
+    return principal(moments.second), principal(output_moment(moments.second, layer.weight()))
+
+
+def projected(weight: Tensor, inputs: Subspace, outputs: Subspace, k_s: int, k_t: int) -> Tensor:
+    """W' = P_S W P_T (Garg et al. 2024), float64, (g, m, n).
+
+    A side whose k is the whole width (m or n) is left as it is: its projector is the identity.
+
+    Args:
+        weight: W, (g, m, n).
+        inputs: principal subspace of C_S; it need not hold more than min(m, n) dimensions.
+        outputs: principal subspace of C_T.
+        k_s: dimensions kept of the inputs.
+        k_t: dimensions kept of the outputs.
+    """
+    result = weight.double()
+    if k_s < weight.shape[-2]:
+        basis = inputs.top(k_s)  # (g, m, k_s)
+        result = basis @ (basis.mT @ result)
+    if k_t < weight.shape[-1]:
+        basis = outputs.top(k_t)  # (g, n, k_t)
+        result = (result @ basis) @ basis.mT
+    return result
+
+
+@contextmanager
+def replaced(weights: dict[Layer, Tensor]) -> Iterator[None]:
+    """Put the matrices (g, m, n) in place of the layers' weights; put the very same weights back after.
+
+    The originals come back whatever happens inside, to the bit: they are set aside, not copied.
+    """
+    originals = {layer: layer.module.weight for layer in weights}
+    try:
+        for layer, matrix in weights.items():
+            layer.module.weight = nn.Parameter(layer.weight_from(matrix), requires_grad=False)
+        yield
+    finally:
+        for layer, original in originals.items():
+            layer.module.weight = original

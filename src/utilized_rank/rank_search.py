@@ -1,0 +1,107 @@
+"""The smallest ranks that pass, as certified boundaries, found through a callable.
+
+Nothing here knows of networks or images: :data:`Passes` says whether a layer projected to (k_S, k_T)
+keeps its network within the tolerance. A certified boundary is a k that passes while k - 1 fails
+(or k = 1). Where passing is not monotone in k there may be several; each that is found is one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Passes = Callable[[int, int], bool]
+"""Whether (k_S, k_T) passes. k_S = m stands for no projection of the inputs, k_T = n of the outputs."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """What the search found for one layer at one tolerance."""
+
+    k_s: int
+    """Dimensions of the input subspace in W' = P_S W P_T; m where no smaller number served."""
+    k_t: int
+    """Dimensions of the output subspace; n where no smaller number served."""
+    k_s_alone: int
+    """The smallest passing k_S with the outputs left as they are."""
+    k_t_alone: int
+    """The smallest passing k_T with the inputs left as they are."""
+    r: int
+    """Utilized rank, min(k_S, k_T) (Garg et al. 2024)."""
+
+
+def smallest(passes: Callable[[int], bool], low: int, high: int) -> int:
+    """The smallest k in (low, high] found by bisection: it passes, and k - 1 fails or is ``low``.
+
+    ``high`` is known to pass; ``low`` is known to fail, or is not to be tried.
+    """
+    while high - low > 1:
+        middle = (low + high) // 2
+        if passes(middle):
+            high = middle
+        else:
+            low = middle
+    return high
+
+
+def search(passes: Passes, m: int, n: int) -> Ranks:
+    """Search k_S and k_T each on its own, then let both grow together until W' passes.
+
+    Args:
+        passes: the verdict on (k_S, k_T).
+        m: input width.
+        n: output width.
+
+    Only k up to min(m, n) are tried: r = min(k_S, k_T) cannot exceed it.
+    """
+    width = min(m, n)
+
+    def up_to_width(passes_k: Callable[[int], bool], whole: int) -> int:
+        if width < whole and not passes_k(width):
+            return whole
+        return smallest(passes_k, 0, width)
+
+    k_s = up_to_width(lambda k: passes(k, n), m)
+    k_t = up_to_width(lambda k: passes(m, k), n)
+
+    def grown(steps: int) -> tuple[int, int]:
+        return _or_whole(k_s + steps, width, m), _or_whole(k_t + steps, width, n)
+
+    # Growing by the whole width removes both projections, which is the unaltered layer: it passes.
+    steps = 0 if passes(k_s, k_t) else smallest(lambda d: passes(*grown(d)), 0, width)
+    joint_s, joint_t = grown(steps)
+    return Ranks(joint_s, joint_t, k_s, k_t, min(joint_s, joint_t, width))
+
+
+def search_energy(passes: Passes, m: int, n: int, values_s: Tensor, values_t: Tensor) -> Ranks:
+    """Search one energy threshold for both sides: the smallest (k_S(e), k_T(e)) that passes.
+
+    Args:
+        passes: the verdict on (k_S, k_T).
+        m: input width.
+        n: output width.
+        values_s: all eigenvalues of C_S, descending, (m,).
+        values_t: all eigenvalues of C_T, descending, (n,).
+    """
+    width = min(m, n)
+    path = [(_or_whole(a, width, m), _or_whole(b, width, n)) for a, b in energy_path(values_s, values_t)]
+    path = [*dict.fromkeys(path), (m, n)]
+    k_s, k_t = path[smallest(lambda i: passes(*path[i]), -1, len(path) - 1)]
+    return Ranks(k_s, k_t, k_s, k_t, min(k_s, k_t, width))
+
+
+def energy_path(values_s: Tensor, values_t: Tensor) -> list[tuple[int, int]]:
+    """All pairs (k_S(e), k_T(e)) as the energy threshold e rises from 0 to 1, each once."""
+    kept_s, kept_t = (values.cumsum(0) / values.sum() for values in (values_s, values_t))
+    thresholds = torch.cat([kept_s, kept_t]).clamp(max=1).unique()
+    # k(e) is one more than the number of leading dimensions that hold less than e.
+    at_s = torch.searchsorted(kept_s, thresholds).clamp(max=len(kept_s) - 1) + 1
+    at_t = torch.searchsorted(kept_t, thresholds).clamp(max=len(kept_t) - 1) + 1
+    return list(dict.fromkeys(zip(at_s.tolist(), at_t.tolist(), strict=True)))
+
+
+def _or_whole(k: int, width: int, whole: int) -> int:
+    return k if k <= width else whole

@@ -1,0 +1,121 @@
+"""Where results lie, and how they are written: whole or not at all, and to the same bytes each time."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from .config import Study, load_study, project_root
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Store:
+    """The folders of one study.
+
+    ``data/<study>/`` holds what DVC caches, ``reports/<study>/`` the small text and pictures that
+    git keeps, and ``data/<study>/timings/`` what differs from one execution to the next.
+    """
+
+    study: str
+    root: Path = Path()
+
+    def data(self, *parts: str) -> Path:
+        """A path under ``data/<study>/``."""
+        return self.root.joinpath("data", self.study, *parts)
+
+    def report(self, *parts: str) -> Path:
+        """A path under ``reports/<study>/``."""
+        return self.root.joinpath("reports", self.study, *parts)
+
+
+def open_study() -> tuple[Study, Store]:
+    """The parameters and folders of the study of the project around the working directory.
+
+    Raises:
+        StudyError: as :func:`utilized_rank.config.load_study`.
+    """
+    root = project_root()
+    study = load_study(root)
+    return study, Store(study.name, root)
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Give a temporary path beside ``path``; move it there when the block ends well, else drop it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    partial = Path(name)
+    try:
+        yield partial
+        partial.chmod(0o644)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` to ``path``, with one newline at its end."""
+    with whole(path) as partial:
+        partial.write_text(text.rstrip("\n") + "\n", encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write ``value`` as indented JSON."""
+    write_text(path, json.dumps(value, indent=2, allow_nan=False))
+
+
+def read_json(path: Path) -> Any:
+    """Read what :func:`write_json` wrote."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def write_table(path: Path, table: pd.DataFrame) -> None:
+    """Write ``table`` as CSV, floats to ten significant digits."""
+    write_text(path, table.to_csv(index=False, float_format="%.10g"))
+
+
+def read_table(path: Path) -> pd.DataFrame:
+    """Read what :func:`write_table` wrote."""
+    return pd.read_csv(path)
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any] | None = None) -> None:
+    """Write tensors as safetensors; ``metadata`` is kept in the header as JSON."""
+    from safetensors.torch import save_file
+
+    header = {"json": json.dumps(metadata or {}, sort_keys=True)}
+    with whole(path) as partial:
+        save_file({k: v.detach().contiguous() for k, v in tensors.items()}, partial, metadata=header)
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read tensors and metadata that :func:`write_tensors` wrote (or any safetensors file)."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        header = (file.metadata() or {}).get("json", "{}")
+    return tensors, json.loads(header)
+
+
+def write_network(path: Path, network: nn.Module, metadata: dict[str, Any] | None = None) -> None:
+    """Write a network's parameters and buffers."""
+    write_tensors(path, network.state_dict(), metadata)
+
+
+def timings_table(folder: Path) -> pd.DataFrame:
+    """All timings under ``folder``, one row a stage."""
+    files = sorted(folder.glob("*.json"))
+    return pd.DataFrame([{"stage": file.stem, **read_json(file)} for file in files])

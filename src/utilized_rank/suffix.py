@@ -1,0 +1,143 @@
+"""Run a network from one of its layers on: what comes before the layer is computed once and kept.
+
+The network is traced into a graph (torch.fx). What a layer's output can reach is its suffix; the
+values that the suffix takes from elsewhere (the layer's input, a shortcut around it) are its frontier.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx, nn
+
+Values = tuple[Any, ...]
+"""The values of some nodes of the graph, for one batch of images."""
+
+
+class Traced:
+    """A network as a graph, or as one opaque piece where it cannot be traced."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network = network
+        self.graph: fx.Graph | None
+        try:
+            self.graph = fx.Tracer().trace(network)
+        except Exception:  # tracing runs the network's own code, which may raise anything on proxies
+            self.graph = None
+
+    @property
+    def traced(self) -> bool:
+        """Whether layers can be run on their own."""
+        return self.graph is not None
+
+    def _node(self, name: str) -> fx.Node | None:
+        """The one call of module ``name``, or of the module around it that was not traced into."""
+        if self.graph is None:
+            return None
+        calls = [n for n in self.graph.nodes if n.op == "call_module" and f"{name}.".startswith(f"{n.target}.")]
+        return calls[0] if len(calls) == 1 else None
+
+    def frontier(self, name: str) -> list[fx.Node] | None:
+        """The nodes that the suffix of layer ``name`` takes its inputs from; None where it has no suffix.
+
+        That is so where the network could not be traced, or calls the layer more than once.
+        """
+        node = self._node(name)
+        if node is None:
+            return None
+        suffix = {node: None}
+        for later in cast(fx.Graph, self.graph).nodes:
+            if any(source in suffix for source in later.all_input_nodes):
+                suffix[later] = None
+        sources = (source for inside in suffix for source in inside.all_input_nodes)
+        # Parameters that the graph reads directly stay in the suffix: they cost nothing to read.
+        return list(dict.fromkeys(s for s in sources if s not in suffix and s.op != "get_attr"))
+
+    def images(self) -> fx.Node:
+        """The node of the network's input."""
+        return next(n for n in cast(fx.Graph, self.graph).nodes if n.op == "placeholder")
+
+    def logits(self) -> fx.Node:
+        """The node of the network's output."""
+        output = next(n for n in reversed(cast(fx.Graph, self.graph).nodes) if n.op == "output")
+        return cast(fx.Node, output.args[0])
+
+    def between(self, sources: Sequence[fx.Node], targets: Sequence[fx.Node]) -> Callable[..., Values]:
+        """A function from the values of ``sources`` to those of ``targets``, by the network's own modules.
+
+        It computes no node that lies behind the sources.
+        """
+        needed: set[fx.Node] = set()
+        open_nodes = [t for t in targets if t not in sources]
+        while open_nodes:
+            node = open_nodes.pop()
+            if node not in needed:
+                needed.add(node)
+                open_nodes += [n for n in node.all_input_nodes if n not in sources]
+        graph = fx.Graph()
+        copies = {node: graph.placeholder(f"source_{i}") for i, node in enumerate(sources)}
+        for node in cast(fx.Graph, self.graph).nodes:
+            if node in needed:
+                copies[node] = graph.node_copy(node, lambda n: copies[n])
+        graph.output(tuple(copies[t] for t in targets))
+        return cast(Callable[..., Values], fx.GraphModule(self.network, graph))
+
+
+class Suffix:
+    """Runs batches of images through a network from one layer on.
+
+    Args:
+        traced: the network.
+        batches: the images, each (B, C, H, W).
+        budget: bytes that the kept values may take; batches over it are computed from the images.
+    """
+
+    def __init__(self, traced: Traced, batches: list[Tensor], budget: int) -> None:
+        self.traced = traced
+        self.batches = batches
+        self.budget = budget
+        self.sources: list[fx.Node] = []
+        self.kept: list[Values | None] = [None] * len(batches)
+        self.run: Callable[..., Values] | None = None
+
+    @torch.inference_mode()
+    def move_to(self, name: str) -> None:
+        """Make layer ``name`` the one from which :meth:`logits` runs, its weights being the unaltered ones.
+
+        What was kept for an earlier layer is carried forward to this one.
+        """
+        frontier = self.traced.frontier(name)
+        if frontier is None:
+            self.sources, self.kept, self.run = [], [None] * len(self.batches), None
+            return
+        images = self.traced.images()
+        forward = self.traced.between([*self.sources, images], frontier)
+        from_images = self.traced.between([images], frontier)
+        left = self.budget
+        for i, (batch, values) in enumerate(zip(self.batches, self.kept, strict=True)):
+            if left <= 0:
+                self.kept[i] = None
+                continue
+            moved = from_images(batch) if values is None else forward(*values, batch)
+            left -= sum(v.nbytes for v in moved if isinstance(v, Tensor) and v is not batch)
+            self.kept[i] = moved if left >= 0 else None
+        self.sources = frontier
+        self.run = self.traced.between(frontier, [self.traced.logits()])
+        if not self._repeats():
+            self.sources, self.kept, self.run = [], [None] * len(self.batches), None
+
+    def _repeats(self) -> bool:
+        """Whether running twice gives twice what the network gives: an in-place operation would spoil it."""
+        if self.kept[0] is None:
+            return True
+        whole = self.traced.network(self.batches[0])
+        return all(torch.allclose(self.logits(0), whole, rtol=1e-4, atol=1e-4) for _ in range(2))
+
+    def logits(self, index: int) -> Tensor:
+        """The network's output for batch ``index``, (B, classes)."""
+        values = self.kept[index]
+        if self.run is None or values is None:
+            return cast(Tensor, self.traced.network(self.batches[index]))
+        return cast(Tensor, self.run(*values)[0])

@@ -1,0 +1,227 @@
+"""Tables over all runs of a study, from the result files of its stages."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+
+from .config import FROM_SCRATCH, Comparison, Run, Study
+from .store import Store, read_json, read_table
+
+METHOD_NAMES = {
+    "dense": "dense",
+    "projection": "P_S W P_T",
+    "optimal": "optimum",
+    "svd": "SVD of W",
+}
+KIND_NAMES = {
+    "supervised": "supervised",
+    "linear": "SSL, linear probe",
+    "finetuned": "SSL, fine-tuned",
+}
+
+
+def result(store: Store, stage: str, key: str) -> Any:
+    """The metrics that a stage wrote for one run."""
+    return read_json(store.report("results", f"{stage}-{key}.json"))
+
+
+def rows(store: Store, stage: str, key: str) -> pd.DataFrame:
+    """The table that a stage wrote for one run."""
+    return read_table(store.report("results", f"{stage}-{key}.csv"))
+
+
+def training_name(study: Study, run: Run) -> str:
+    """How a run's network was trained, in words."""
+    if run.pretrained == FROM_SCRATCH:
+        return "supervised"
+    before = {"simclr": "SimCLR", "checkpoint": "checkpoint"}[study.pretrained[run.pretrained].method]
+    after = {"supervised": "fine-tuned", "linear": "linear probe", "as_given": "as given"}[run.train.method]
+    return f"{before}, {after}"
+
+
+def mlu_column(epsilon: float) -> str:
+    """The heading of a column of mean layer utilization."""
+    return f"MLU % (ε = {epsilon:g})"
+
+
+def utilization(study: Study, store: Store) -> pd.DataFrame:
+    """Table 1: each network, its accuracy and its mean layer utilization at each epsilon."""
+    table = []
+    for key, run in study.runs.items():
+        trained, measured = result(store, "train", key), result(store, "measure", key)
+        mlu = {mlu_column(e): 100 * measured["mlu"][f"{e:g}"] for e in study.measure.epsilons}
+        table.append(
+            {
+                "network": run.label,
+                "training": training_name(study, run),
+                "parameters": trained["parameters"],
+                "test accuracy %": trained["test_accuracy"],
+                "test images": trained["test_images"],
+                **mlu,
+                "layers counted": measured["layers_counted"],
+                "left out": len(measured["left_out"]),
+            }
+        )
+    return pd.DataFrame(table)
+
+
+def steps(study: Study, store: Store) -> pd.DataFrame:
+    """Every network that was made of every run: original, projected, decomposed, fine-tuned.
+
+    Columns as in ``decompose.assess``, with run and label, and with parameters and FLOPs as fractions
+    of the original's (parameters_kept, flops_kept).
+    """
+    parts = []
+    for key, run in study.runs.items():
+        both = pd.concat([rows(store, "decompose", key), rows(store, "finetune", key)], ignore_index=True)
+        original = both[both.form == "original"].iloc[0]
+        both.insert(0, "run", key)
+        both.insert(1, "label", run.label)
+        both["parameters_kept"] = both.parameters / original.parameters
+        both["flops_kept"] = both.flops / original.flops
+        parts.append(both)
+    return pd.concat(parts, ignore_index=True)
+
+
+def with_interval(table: pd.DataFrame) -> pd.Series:
+    """Changes of accuracy as text: change, and its paired 95% interval in brackets."""
+    text = [f"{row.change:+.2f} [{row.change_low:+.2f}, {row.change_high:+.2f}]" for row in table.itertuples()]
+    return pd.Series(text, index=table.index).where(table.form != "original", "")
+
+
+def compression(all_steps: pd.DataFrame, method: str) -> pd.DataFrame:
+    """Table 2: accuracy, parameters and FLOPs at each step, for the weights of one method."""
+    shown = all_steps[all_steps.method.isin(["dense", "projection", method])]
+    shown = shown[~((shown.form == "decomposed") & (shown.method != method))]
+    shown = shown[~((shown.form == "fine-tuned") & ~shown.method.isin([method, "dense"]))]
+    return pd.DataFrame(
+        {
+            "network": shown.label,
+            "ε": shown.epsilon,
+            "step": shown.form,
+            "weights": shown.method.map(METHOD_NAMES),
+            "accuracy %": shown.accuracy,
+            "images": shown.images,
+            "change, points [95%]": with_interval(shown),
+            "parameters": shown.parameters,
+            "parameters kept %": 100 * shown.parameters_kept,
+            "MFLOPs": shown.flops / 1e6,
+            "FLOPs kept %": 100 * shown.flops_kept,
+        }
+    )
+
+
+def training_kinds(study: Study, store: Store, comparison: Comparison) -> pd.DataFrame:
+    """One row a kind of training and epsilon: kind, run, epsilon, mlu, first, middle, last, rankme, accuracy.
+
+    first, middle and last are the mean utilization of the layers in each third of the depth.
+    """
+    table = []
+    for kind, key in comparison.runs().items():
+        measured, trained, layers = (
+            result(store, "measure", key),
+            result(store, "train", key),
+            rows(store, "measure", key),
+        )
+        for epsilon in study.measure.epsilons:
+            used = layers[layers.epsilon == epsilon].utilization.reset_index(drop=True)
+            third = pd.Series(used.index * 3 // len(used)).map({0: "first", 1: "middle", 2: "last"})
+            table.append(
+                {
+                    "kind": kind,
+                    "run": key,
+                    "epsilon": epsilon,
+                    "mlu": used.mean(),
+                    **used.groupby(third).mean().to_dict(),
+                    "rankme": measured["rankme"],
+                    "accuracy": trained["test_accuracy"],
+                    "images": trained["test_images"],
+                }
+            )
+    return pd.DataFrame(table)
+
+
+def by_training(study: Study, store: Store) -> pd.DataFrame:
+    """Table 3: supervised against self-supervised, for every comparison of the study."""
+    parts = []
+    for comparison in study.comparisons.values():
+        table = training_kinds(study, store, comparison)
+        parts.append(
+            pd.DataFrame(
+                {
+                    "network": comparison.label,
+                    "training": table.kind.map(KIND_NAMES),
+                    "ε": table.epsilon,
+                    "MLU %": 100 * table.mlu,
+                    "first third %": 100 * table["first"],
+                    "middle third %": 100 * table["middle"],
+                    "last third %": 100 * table["last"],
+                    "RankMe": table.rankme,
+                    "test accuracy %": table.accuracy,
+                    "images": table.images,
+                }
+            )
+        )
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
+
+
+def methods(all_steps: pd.DataFrame) -> pd.DataFrame:
+    """Table 4: the same ranks with each method's weights, before and after fine-tuning."""
+    low_rank = all_steps[all_steps.method != "dense"]
+    before = low_rank[low_rank.form == "decomposed"]
+    after = low_rank[low_rank.form == "fine-tuned"].set_index(["run", "epsilon", "method"])
+    keys = list(zip(before.run, before.epsilon, before.method, strict=True))
+    tuned = after.reindex(keys).reset_index()
+    return pd.DataFrame(
+        {
+            "network": before.label.to_numpy(),
+            "ε": before.epsilon.to_numpy(),
+            "weights": before.method.map(METHOD_NAMES).to_numpy(),
+            "parameters kept %": 100 * before.parameters_kept.to_numpy(),
+            "before, %": before.accuracy.to_numpy(),
+            "change before, points [95%]": with_interval(before).to_numpy(),
+            "after, %": tuned.accuracy.to_numpy(),
+            "change after, points [95%]": with_interval(tuned).where(tuned.accuracy.notna(), "").to_numpy(),
+            "images": before.images.to_numpy(),
+        }
+    )
+
+
+def summary(study: Study, store: Store, tuned: pd.DataFrame) -> dict[str, Any]:
+    """The headline numbers of every run: accuracy, MLU, and what is kept and lost after fine-tuning."""
+    runs = {}
+    for key in study.runs:
+        compressed = {
+            f"{row.epsilon:g}": {
+                "parameters_kept": row.parameters_kept,
+                "flops_kept": row.flops_kept,
+                "change": row.change,
+            }
+            for row in tuned[tuned.run == key].itertuples()
+        }
+        runs[key] = {
+            "test_accuracy": result(store, "train", key)["test_accuracy"],
+            "mlu": result(store, "measure", key)["mlu"],
+            "finetuned": compressed,
+        }
+    return runs
+
+
+def settings(study: Study) -> pd.DataFrame:
+    """Table 5: every parameter of the study, defaults included, by its name in params.yaml."""
+    flat = _flatten(study.model_dump(), "")
+    return pd.DataFrame({"parameter": list(flat), "value": [_text(value) for value in flat.values()]})
+
+
+def _flatten(value: dict[str, Any], prefix: str) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        name = f"{prefix}{key}"
+        flat |= _flatten(item, f"{name}.") if isinstance(item, dict) and item else {name: item}
+    return flat
+
+
+def _text(value: Any) -> str:
+    return "null" if value is None else str(value)

@@ -1,0 +1,145 @@
+"""The one training loop, and the losses of supervised training and linear probing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from .config import Recipe
+from .data import Dataset, Split, augment
+from .evaluation import features, is_correct
+from .models import classifier
+from .runtime import autocast
+
+Loss = Callable[[Tensor], Tensor]
+"""From the indices of a batch of training images, int64 (B,), to its mean loss, a scalar."""
+
+
+def fit(
+    parameters: Iterable[nn.Parameter],
+    loss: Loss,
+    images: int,
+    recipe: Recipe,
+    generator: torch.Generator,
+    precision: str = "float32",
+    after_epoch: Callable[[], dict[str, float]] = dict,
+    title: str = "training",
+) -> pd.DataFrame:
+    """Minimise ``loss`` over ``parameters``.
+
+    Args:
+        parameters: what is trained.
+        loss: of a batch, given by its indices.
+        images: how many there are to draw batches from, without replacement in an epoch.
+        recipe: epochs, batch size, optimiser and schedule.
+        generator: orders the images.
+        precision: of the autocast around ``loss``.
+        after_epoch: further columns for the curve.
+        title: of the progress bar.
+
+    Returns the curve, one row an epoch: epoch (from 1), lr, loss, and the columns of ``after_epoch``.
+
+    Raises:
+        FloatingPointError: the loss is no longer finite; names the epoch.
+    """
+    parameters = [p for p in parameters if p.requires_grad]
+    optimizer = _optimizer(parameters, recipe)
+    # The last, smaller batch is dropped (batch norm needs more than a few), unless it is the only one.
+    batch_size = min(recipe.batch_size, images)
+    steps = images // batch_size
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _warmup_cosine(recipe, steps))
+    curve = []
+    for epoch in tqdm(range(1, recipe.epochs + 1), desc=title, unit="epoch"):
+        order = torch.randperm(images, generator=generator)
+        total, rate = 0.0, optimizer.param_groups[0]["lr"]
+        for batch in order[: steps * batch_size].split(batch_size):
+            with autocast(precision):
+                value = loss(batch)
+            optimizer.zero_grad(set_to_none=True)
+            value.backward()
+            nn.utils.clip_grad_norm_(parameters, 5.0)
+            optimizer.step()
+            schedule.step()
+            total += value.item()
+        if not math.isfinite(total):
+            raise FloatingPointError(f"{title}: the loss is not finite in epoch {epoch}; try a smaller lr")
+        curve.append({"epoch": epoch, "lr": rate, "loss": total / steps, **after_epoch()})
+    return pd.DataFrame(curve)
+
+
+def _optimizer(parameters: list[nn.Parameter], recipe: Recipe) -> torch.optim.Optimizer:
+    # Biases and the scales of normalisation are vectors: decaying them only shifts what they undo.
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": recipe.weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    if recipe.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=recipe.lr, momentum=0.9, nesterov=True)
+    return torch.optim.AdamW(groups, lr=recipe.lr)
+
+
+def _warmup_cosine(recipe: Recipe, steps: int) -> Callable[[int], float]:
+    total = recipe.epochs * steps
+    warmup = min(round(recipe.warmup_epochs * steps), total // 2)
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+    return factor
+
+
+def train_supervised(
+    network: nn.Module, dataset: Dataset, recipe: Recipe, generator: torch.Generator, precision: str, title: str
+) -> pd.DataFrame:
+    """Train all of ``network`` on the labels; the curve has its accuracy (%) on the search split."""
+    split = dataset.splits["train"]
+
+    def loss(batch: Tensor) -> Tensor:
+        network.train()
+        images = augment(dataset.normalised(split.images[batch]), recipe.augmentation, generator)
+        return F.cross_entropy(network(images), split.labels[batch], label_smoothing=recipe.label_smoothing)
+
+    return fit(network.parameters(), loss, len(split), recipe, generator, precision, _watch(network, dataset), title)
+
+
+def train_linear(
+    network: nn.Module, dataset: Dataset, recipe: Recipe, generator: torch.Generator, precision: str, title: str
+) -> pd.DataFrame:
+    """Train the classifier alone on the features of the frozen rest (a linear probe).
+
+    The images are not augmented, so the features are computed once.
+    """
+    split: Split = dataset.splits["train"]
+    head = classifier(network)
+    inputs = features(network, head, dataset.inputs("train")).clone()
+
+    def loss(batch: Tensor) -> Tensor:
+        return F.cross_entropy(head(inputs[batch]), split.labels[batch], label_smoothing=recipe.label_smoothing)
+
+    watch = _watch(head, dataset, features(network, head, dataset.inputs("search")).clone())
+    return fit(head.parameters(), loss, len(split), recipe, generator, precision, watch, title)
+
+
+def leave_as_given(
+    network: nn.Module, dataset: Dataset, recipe: Recipe, generator: torch.Generator, precision: str, title: str
+) -> pd.DataFrame:
+    """No training: an empty curve."""
+    return pd.DataFrame(columns=["epoch", "lr", "loss", "search_accuracy"])
+
+
+METHODS = {"supervised": train_supervised, "linear": train_linear, "as_given": leave_as_given}
+
+
+def _watch(network: nn.Module, dataset: Dataset, inputs: Tensor | None = None) -> Callable[[], dict[str, float]]:
+    """Accuracy on the search split: to look at, not to select by."""
+    inputs = dataset.inputs("search") if inputs is None else inputs
+    labels = dataset.labels("search")
+    return lambda: {"search_accuracy": 100 * float(is_correct(network, inputs, labels).mean())}

@@ -1,0 +1,260 @@
+"""Small networks, images and parameters that several test files share."""
+
+import copy
+from collections.abc import Callable
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from utilized_rank import config, models
+from utilized_rank.data import Dataset, Split
+
+SHAPE, CLASSES = (3, 8, 8), 5
+
+PARAMETERS = {
+    "name": "toy",
+    "title": "Toy",
+    "data": {
+        "source": "sklearn",
+        "dataset": "digits",
+        "image_size": 32,
+        "search_fraction": 0.2,
+        "test_fraction": 0.2,
+    },
+    "pretrained": {"simclr_vit": {"method": "simclr", "model": {"architecture": "vit"}, "epochs": 2}},
+    "runs": {
+        "vgg11": {
+            "label": "VGG11",
+            "model": {"architecture": "vgg11"},
+            "train": {"epochs": 2},
+            "finetune": {"epochs": 1, "lr": 0.01},
+        },
+        "vit_linear": {
+            "label": "ViT",
+            "model": {"architecture": "vit"},
+            "pretrained": "simclr_vit",
+            "train": {"method": "linear"},
+            "finetune": {"epochs": 1, "lr": 0.01},
+        },
+    },
+    "measure": {"calibration_images": 100, "epsilons": [0.0, 1.0]},
+    "decompose": {"methods": ["projection", "optimal", "svd"], "finetuned": ["optimal"]},
+    "comparisons": {
+        "vit": {"label": "ViT", "supervised": "vit_linear", "linear": "vit_linear", "finetuned": "vit_linear"}
+    },
+}
+
+
+@pytest.fixture
+def parameters() -> dict:
+    """The content of a valid params.yaml, to be changed at will."""
+    return copy.deepcopy(PARAMETERS)
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+class Residual(nn.Module):
+    """A shortcut around two convolutions, with in-place ReLUs if asked for."""
+
+    def __init__(self, inplace: bool = False) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.conv1 = nn.Conv2d(8, 8, 3, padding=1, groups=2)
+        self.conv2 = nn.Conv2d(8, 8, 3, padding=1, bias=False)
+        self.relu = nn.ReLU(inplace)
+        self.head = nn.Linear(8, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.stem(x))
+        out = self.conv2(self.relu(self.conv1(x)))
+        return self.head(self.relu(out + x).mean((2, 3)))
+
+
+class InPlaceOnShortcut(Residual):
+    """The shortcut is changed in place after a convolution read it: running on from there twice differs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        out = self.conv1(x)
+        x = x.add_(1)
+        return self.head(self.relu(self.conv2(self.relu(out)) + x).mean((2, 3)))
+
+
+class DataDependent(Residual):
+    """Control flow on the images' values, which torch.fx cannot trace."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x if x.mean() > -1e9 else -x)
+
+
+class Shared(nn.Module):
+    """One linear layer called twice, and the same module under a second name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Linear(3 * 8 * 8, 12)
+        self.block = nn.Linear(12, 12)
+        self.alias = self.block
+        self.head = nn.Linear(12, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x.flatten(1)).relu()
+        return self.head(self.alias(self.block(x).relu()).relu())
+
+
+def _model(**model: object) -> Callable[[], nn.Module]:
+    return lambda: models.build(config.Model(**model), SHAPE, CLASSES)
+
+
+class PooledVGG(nn.Module):
+    """VGG11 on images enlarged to the size that its five poolings need."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.vgg = models.build(config.Model(architecture="vgg11", width=0.1), (3, 32, 32), CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.vgg(F.interpolate(x, scale_factor=4.0))
+
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "residual": Residual,
+    "in_place": lambda: Residual(inplace=True),
+    "in_place_on_shortcut": InPlaceOnShortcut,
+    "data_dependent": DataDependent,
+    "shared": Shared,
+    "vgg11": PooledVGG,
+    "resnet20": _model(architecture="resnet20", width=0.25),
+    "vit": _model(architecture="vit", dim=24, depth=2, heads=3, patch_size=4),
+}
+
+
+@pytest.fixture
+def make(images: Tensor) -> Callable[[str], nn.Module]:
+    """A seeded network by its name in ``NETWORKS``, in evaluation mode."""
+
+    def named(name: str) -> nn.Module:
+        torch.manual_seed(0)
+        network = NETWORKS[name]().eval()
+        for module in network.modules():
+            if isinstance(module, nn.BatchNorm2d):  # as after some training: no longer the identity
+                module.running_mean.normal_(std=0.3)
+                module.running_var.uniform_(0.5, 2)
+                nn.init.uniform_(module.weight, 0.5, 1.5)
+                nn.init.normal_(module.bias, std=0.3)
+        with torch.no_grad():  # no class ahead of the others on average: predictions differ
+            models.classifier(network).bias -= network(images).mean(0)
+        return network
+
+    return named
+
+
+@pytest.fixture
+def images(generator: torch.Generator) -> Tensor:
+    """(70, 3, 8, 8), every channel with its own mean."""
+    return torch.randn(70, *SHAPE, generator=generator) + torch.tensor([0.5, -1.0, 2.0]).view(3, 1, 1)
+
+
+CONVOLUTIONS: dict[str, dict] = {
+    "plain": {"kernel_size": 3},
+    "padded": {"kernel_size": 3, "padding": 1},
+    "1x1": {"kernel_size": 1},
+    "1x1 strided": {"kernel_size": 1, "stride": 2},
+    "strided": {"kernel_size": 3, "stride": 2, "padding": 1},
+    "rectangular": {"kernel_size": (2, 3), "stride": (1, 2), "padding": (0, 2), "dilation": (2, 1)},
+    "dilated": {"kernel_size": 3, "padding": 2, "dilation": 2},
+    "same": {"kernel_size": 3, "padding": "same"},
+    "same, even kernel": {"kernel_size": (2, 4), "padding": "same"},
+    "same, dilated": {"kernel_size": (3, 2), "padding": "same", "dilation": (2, 3)},
+    "valid": {"kernel_size": 3, "padding": "valid"},
+    "circular": {"kernel_size": 3, "padding": (1, 2), "padding_mode": "circular"},
+    "reflect": {"kernel_size": 3, "padding": (2, 1), "padding_mode": "reflect"},
+    "replicate": {"kernel_size": 3, "padding": 1, "padding_mode": "replicate", "stride": 2},
+    "same, reflect": {"kernel_size": (4, 3), "padding": "same", "padding_mode": "reflect"},
+    "grouped": {"kernel_size": 3, "padding": 1, "groups": 2},
+    "grouped, strided, dilated": {"kernel_size": 2, "stride": 2, "dilation": 2, "groups": 2, "bias": False},
+    "grouped, same, circular": {
+        "kernel_size": (3, 2),
+        "padding": "same",
+        "padding_mode": "circular",
+        "groups": 2,
+    },
+    "depthwise": {"kernel_size": 3, "padding": 1, "groups": 4},
+}
+
+
+@pytest.fixture(params=CONVOLUTIONS.values(), ids=CONVOLUTIONS.keys())
+def convolution(request: pytest.FixtureRequest) -> nn.Conv2d:
+    """4 channels to 8, one of every kind."""
+    torch.manual_seed(0)
+    return nn.Conv2d(4, 8, **request.param)
+
+
+@pytest.fixture
+def maps(generator: torch.Generator) -> Tensor:
+    """What flows into ``convolution``, (3, 4, 7, 6)."""
+    return torch.randn(3, 4, 7, 6, generator=generator) + 0.3
+
+
+def _amounts(size: int, dilation: int, padding: int | str) -> tuple[int, int]:
+    """Pixels of padding before and after, as torch documents them."""
+    total = dilation * (size - 1) if padding == "same" else 0 if padding == "valid" else 2 * padding
+    return total // 2, total - total // 2
+
+
+@pytest.fixture
+def patches_by_loop() -> Callable[[nn.Conv2d, Tensor], np.ndarray]:
+    """The patches of a convolution, pixel by pixel, from the definition: (g, N, m), float64."""
+    modes = {"zeros": "constant", "circular": "wrap", "reflect": "reflect", "replicate": "edge"}
+
+    def patches(conv: nn.Conv2d, inputs: Tensor) -> np.ndarray:
+        (kh, kw), (sh, sw), (dh, dw) = conv.kernel_size, conv.stride, conv.dilation
+        ph, pw = (conv.padding,) * 2 if isinstance(conv.padding, str) else conv.padding
+        around = ((0, 0), (0, 0), _amounts(kh, dh, ph), _amounts(kw, dw, pw))
+        x = np.pad(inputs.double().numpy(), around, mode=modes[conv.padding_mode])
+        count, channels, height, width = x.shape
+        per_group = channels // conv.groups
+        tops = range(0, height - dh * (kh - 1), sh)
+        lefts = range(0, width - dw * (kw - 1), sw)
+        return np.array(
+            [
+                [
+                    [
+                        x[image, group * per_group + c, top + dh * i, left + dw * j]
+                        for c, i, j in product(range(per_group), range(kh), range(kw))
+                    ]
+                    for image, top, left in product(range(count), tops, lefts)
+                ]
+                for group in range(conv.groups)
+            ]
+        )
+
+    return patches
+
+
+def toy_dataset(seed: int = 0) -> Dataset:
+    """Grey 8 x 8 images of two classes, told apart by which half is brighter."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def split(count: int) -> Split:
+        labels = torch.arange(count) % 2
+        pixels = torch.randint(0, 100, (count, 1, 8, 8), generator=generator)
+        pixels[labels == 0, :, :4] += 80
+        pixels[labels == 1, :, 4:] += 80
+        return Split(pixels.byte(), labels)
+
+    return Dataset(
+        {"train": split(96), "search": split(40), "test": split(40)}, ["up", "down"], [0.35], [0.2]
+    )
+
+
+@pytest.fixture
+def dataset() -> Dataset:
+    return toy_dataset()

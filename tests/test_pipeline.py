@@ -1,0 +1,194 @@
+"""The real pipeline, DVC and papermill and all, on a shrunken study."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from ruamel.yaml import YAML
+
+ROOT = Path(__file__).parents[1]
+VIT = {"architecture": "vit", "dim": 12, "depth": 1, "heads": 2, "patch_size": 16}
+TUNE = {"epochs": 2, "lr": 1e-3}
+STUDY = {
+    "name": "tiny",
+    "title": "a shrunken study",
+    "threads": 1,
+    "data": {
+        "source": "sklearn",
+        "dataset": "digits",
+        "image_size": 32,
+        "search_fraction": 0.25,
+        "test_fraction": 0.25,
+        "limit": 64,
+    },
+    "pretrained": {"tiny_simclr": {"method": "simclr", "model": VIT, "epochs": 2, "batch_size": 16}},
+    "runs": {
+        "tiny_vit": {"label": "ViT", "model": VIT, "train": TUNE, "finetune": TUNE, "pretrained": "none"},
+        "tiny_ssl": {
+            "label": "ViT, SSL",
+            "model": VIT,
+            "pretrained": "tiny_simclr",
+            "train": {"method": "linear", **TUNE},
+            "finetune": TUNE,
+        },
+    },
+    "measure": {"calibration_images": 32, "epsilons": [7.0]},
+    "decompose": {"methods": ["projection", "optimal", "svd"], "finetuned": ["optimal"], "sweep_points": 2},
+    "comparisons": {"tiny": {"label": "ViT", "supervised": "tiny_vit", "linear": "tiny_ssl", "finetuned": "tiny_ssl"}},
+}
+
+
+def write_params(project: Path, study: dict) -> None:
+    with (project / "params.yaml").open("w") as file:
+        YAML(typ="safe").dump(study, file)
+
+
+def command(project: Path, *words: str, ok: bool = True) -> str:
+    """Run a command of this environment in ``project``; its output, after checking its exit status."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    env = {**os.environ, "PATH": path, "DVC_NO_ANALYTICS": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(words, cwd=project, env=env, text=True, capture_output=True, check=False)
+    output = done.stdout + done.stderr
+    assert (done.returncode == 0) == ok, output
+    return output
+
+
+def started(output: str) -> list[str]:
+    return re.findall(r"Running stage '([^']+)'", output)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """A copy of the project with the shrunken study in place, and every stage run."""
+    folder = tmp_path_factory.mktemp("project")
+    for name in ("dvc.yaml", ".dvcignore", ".gitignore"):
+        shutil.copy(ROOT / name, folder)
+    for name in ("notebooks", "conf"):
+        shutil.copytree(ROOT / name, folder / name)
+    shutil.copytree(ROOT / "src", folder / "src", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+    write_params(folder, STUDY)
+    command(folder, "git", "init", "--quiet")
+    command(folder, "dvc", "init", "--quiet")
+    output = command(folder, "dvc", "repro")
+    assert started(output)[0] == "check"
+    return folder
+
+
+def test_every_stage_leaves_its_results(project):
+    results = {path.name for path in (project / "reports/tiny/results").iterdir()}
+    runs = {f"{stage}-{run}" for stage in ("train", "measure", "decompose", "finetune") for run in STUDY["runs"]}
+    assert {f"{name}.csv" for name in runs | {"pretrain-tiny_simclr", "ssl_vs_supervised-tiny"}} <= results
+
+
+def test_the_index_shows_every_figure_and_links_every_page_and_asks_no_other_host(project):
+    report = project / "reports/tiny"
+    for page in [report / "index.html", *report.glob("notebooks/*.html")]:
+        text = page.read_text()
+        assert "<script" not in text
+        for target in re.findall(r'(?:src|href)="([^"#]+)"', text):
+            assert target.startswith("data:") or (page.parent / target).is_file(), (page, target)
+    index = (report / "index.html").read_text()
+    for figure in report.glob("figures/*.svg"):
+        assert f'src="figures/{figure.name}"' in index
+    assert len([*report.glob("notebooks/*.html")]) == 11
+
+
+def test_formulas_are_mathml(project):
+    page = (project / "reports/tiny/notebooks/measure-tiny_vit.html").read_text()
+    assert page.count("<math") > 10
+    assert "$" not in re.sub(r"<style>.*?</style>", "", page, flags=re.DOTALL)
+
+
+def test_the_report_records_where_it_came_from(project):
+    record = (project / "reports/tiny/provenance.json").read_text()
+    for key in ("code", "parameters", "data", "seed", "threads", "processor", "packages", "precision"):
+        assert f'"{key}"' in record
+
+
+def test_a_second_repro_does_nothing(project):
+    assert started(command(project, "dvc", "repro")) == []
+
+
+def test_stages_repeat_to_the_same_bytes(project):
+    before = contents(project / "reports"), (project / "dvc.lock").read_text()
+    command(project, "dvc", "repro", "--force", "--single-item", "train@tiny_ssl", "measure@tiny_vit", "report")
+    assert (contents(project / "reports"), (project / "dvc.lock").read_text()) == before
+
+
+def test_a_changed_fine_tuning_rate_concerns_that_fine_tuning_alone(project):
+    runs = STUDY["runs"] | {"tiny_vit": STUDY["runs"]["tiny_vit"] | {"finetune": TUNE | {"lr": 2e-3}}}
+    write_params(project, STUDY | {"runs": runs})
+    try:
+        changed = re.findall(r"^(\S+):$", command(project, "dvc", "status"), re.MULTILINE)
+        assert sorted(changed) == ["check", "finetune@tiny_vit", "report"]
+    finally:
+        write_params(project, STUDY)
+
+
+def test_a_mistyped_key_stops_the_first_stage_and_loses_nothing(project):
+    before = contents(project / "reports")
+    runs = STUDY["runs"] | {"tiny_vit": STUDY["runs"]["tiny_vit"] | {"trian": {}}}
+    write_params(project, STUDY | {"runs": runs})
+    try:
+        output = command(project, "dvc", "repro", ok=False)
+    finally:
+        write_params(project, STUDY)
+    assert "unknown key runs.tiny_vit.trian; did you mean 'train'?" in output
+    assert "Traceback" not in output
+    assert started(output) == ["check"]
+    assert contents(project / "reports") == before
+
+
+def test_a_failing_cell_says_what_and_keeps_the_notebook(project):
+    weights = project / "data/tiny/train/tiny_vit/network.safetensors"
+    aside = weights.rename(weights.with_suffix(".aside"))
+    try:
+        output = command(project, "utilized-rank", "stage", "measure", "tiny_vit", ok=False)
+    finally:
+        aside.rename(weights)
+    partial = project / "data/tiny/executed/measure-tiny_vit.partial.ipynb"
+    assert "measure failed: FileNotFoundError" in output
+    assert "Traceback" not in output.split("measure failed")[1]
+    assert partial.is_file()
+    partial.unlink()
+
+
+def test_results_of_a_run_that_left_the_study_go(project):
+    stale = project / "reports/tiny/results/train-gone.json"
+    stale.write_text("{}\n")
+    assert "train-gone.json" in command(project, "utilized-rank", "check")
+    assert not stale.exists()
+
+
+def test_an_unknown_stage_or_run_is_named(project):
+    assert "no stage 'trian'" in command(project, "utilized-rank", "stage", "trian", ok=False)
+    assert "tiny_vit" in command(project, "utilized-rank", "stage", "train", "nobody", ok=False)
+
+
+def test_saving_a_notebook_with_outputs_changes_no_stage(project):
+    path = project / "notebooks/3_train.ipynb"
+    bare = path.read_text()
+    notebook = nbformat.reads(bare, as_version=4)
+    notebook.cells[-1].outputs = [nbformat.v4.new_output("stream", text="saved\n")]
+    nbformat.write(notebook, path)
+    try:
+        assert started(command(project, "dvc", "repro")) == ["check"]
+    finally:
+        path.write_text(bare)
+
+
+@pytest.mark.parametrize("name", ["prepare", "measure-tiny_vit", "ssl_vs_supervised-tiny", "decompose-tiny_ssl"])
+def test_an_executed_notebook_gives_its_stored_outputs_again(project, name):
+    """nbval, strict: what a reader sees in the rendered page is what running the cells gives."""
+    notebook = project / "data/tiny/executed" / f"{name}.ipynb"
+    words = ["--nbval", "--nbval-current-env", "-q", "-p", "no:cacheprovider", str(notebook)]
+    command(project, sys.executable, "-m", "pytest", *words)

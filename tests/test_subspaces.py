@@ -1,0 +1,169 @@
+import math
+from fractions import Fraction
+from itertools import accumulate
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from utilized_rank.subspaces import (
+    effective_rank,
+    energy_rank,
+    numerical_rank,
+    output_moment,
+    principal,
+)
+
+
+def moment(m: int, rank: int, groups: int = 1, seed: int = 0) -> torch.Tensor:
+    """A random second moment of a given rank, (g, m, m)."""
+    rows = torch.randn(groups, rank, m, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return rows.mT @ rows
+
+
+@pytest.mark.parametrize("k", [0, 1, 3, 8])
+def test_projectors_are_symmetric_idempotent_and_of_rank_k(k):
+    p = principal(moment(8, 12, groups=2)).projector(k)
+    torch.testing.assert_close(p @ p, p, rtol=0, atol=1e-12)
+    torch.testing.assert_close(p, p.mT, rtol=0, atol=1e-12)
+    torch.testing.assert_close(p.diagonal(dim1=-2, dim2=-1).sum(-1), torch.full((2,), k, dtype=torch.float64))
+
+
+def test_the_projector_on_all_dimensions_is_the_identity():
+    identity = torch.eye(8, dtype=torch.float64).unsqueeze(0)
+    torch.testing.assert_close(principal(moment(8, 12)).projector(8), identity, rtol=0, atol=1e-12)
+
+
+def test_eigenpairs_are_orthonormal_descending_and_rebuild_the_moment():
+    c = moment(8, 12, groups=3)
+    subspace = principal(c)
+    values, vectors = subspace.values, subspace.vectors
+    assert bool((values.diff() <= 0).all())
+    torch.testing.assert_close(c @ vectors, vectors * values.unsqueeze(1), rtol=0, atol=1e-10)
+    torch.testing.assert_close(vectors.mT @ vectors, torch.eye(8).double().expand(3, 8, 8), rtol=0, atol=1e-12)
+
+
+def test_the_top_k_dimensions_hold_the_most_energy():
+    """tr(P C) of the principal projector is no less than of any other of its rank (Ky Fan)."""
+    c = moment(8, 12)[0]
+    best = float((principal(c).projector(3) @ c).trace())
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(50):
+        q = torch.linalg.qr(torch.randn(8, 3, dtype=torch.float64, generator=generator)).Q
+        assert float((q @ q.T @ c).trace()) <= best + 1e-9
+
+
+def test_fewer_dimensions_are_the_first_of_all():
+    c = moment(8, 12)
+    few, every = principal(c, 3), principal(c)
+    assert torch.equal(few.values, every.values[:, :3])
+    assert torch.equal(few.vectors, every.vectors[..., :3])
+    assert torch.equal(few.vectors, every.top(3))
+
+
+def test_signs_are_fixed():
+    c = moment(8, 12)
+    vectors = principal(c).vectors
+    largest = vectors.gather(-2, vectors.abs().argmax(-2, keepdim=True))
+    assert bool((largest > 0).all())
+
+
+def test_a_moment_that_is_not_quite_symmetric_is_symmetrised():
+    c = moment(8, 12)
+    skew = torch.randn(1, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(principal(c + skew - skew.mT).values, principal(c).values)
+
+
+def test_rounding_below_zero_is_no_eigenvalue():
+    assert float(principal(moment(8, 2)).values.min()) >= 0
+
+
+@pytest.mark.parametrize("k", [1, 3, 7])
+def test_a_planted_subspace_is_found_exactly(k, generator):
+    """Rows within k dimensions of 8: energy rank k, and all principal angles are zero."""
+    basis = torch.linalg.qr(torch.randn(8, k, dtype=torch.float64, generator=generator)).Q  # (8, k)
+    rows = torch.randn(500, k, dtype=torch.float64, generator=generator) @ basis.T
+    found = principal(rows.T @ rows / 500)
+    assert energy_rank(found.values, 1 - 1e-9) == k
+    cosines = torch.linalg.svdvals(basis.T @ found.top(k))
+    torch.testing.assert_close(cosines, torch.ones(k, dtype=torch.float64), rtol=0, atol=1e-10)
+    torch.testing.assert_close(found.projector(k), basis @ basis.T, rtol=0, atol=1e-10)
+
+
+def test_the_output_moment_is_that_of_the_products(generator):
+    rows = torch.randn(2, 50, 6, dtype=torch.float64, generator=generator)
+    weight = torch.randn(2, 6, 4, generator=generator)
+    outputs = rows @ weight.double()
+    torch.testing.assert_close(output_moment(rows.mT @ rows, weight), outputs.mT @ outputs)
+
+
+@pytest.mark.parametrize(
+    ("values", "energy", "expected"),
+    [
+        ([4, 3, 2, 1], 0.4, 1),
+        ([4, 3, 2, 1], 0.41, 2),
+        ([4, 3, 2, 1], 0.7, 2),
+        ([4, 3, 2, 1], 0.9, 3),
+        ([4, 3, 2, 1], 1.0, 4),
+        ([5, 0, 0, 0], 1.0, 1),
+        ([1, 1, 1, 1], 0.5, 2),
+        ([0, 0, 0, 0], 0.99, 0),
+    ],
+)
+def test_energy_rank_by_hand(values, energy, expected):
+    assert energy_rank(torch.tensor(values, dtype=torch.float64), energy) == expected
+
+
+def test_energy_is_that_of_all_groups_together():
+    values = torch.tensor([[8.0, 0.0], [1.0, 1.0]])  # together 9 and 1
+    assert energy_rank(values, 0.9) == 1
+    assert energy_rank(values, 0.91) == 2
+
+
+SPECTRA = st.lists(st.integers(0, 100), min_size=1, max_size=12).map(lambda v: sorted(v, reverse=True))
+
+
+@given(SPECTRA.filter(any), st.fractions(Fraction(1, 100), 1, max_denominator=1000))
+def test_energy_rank_is_the_smallest_k_that_holds_the_energy(spectrum, energy):
+    held = [Fraction(h, sum(spectrum)) for h in accumulate(spectrum)]
+    smallest = next(k for k, h in enumerate(held, 1) if h >= energy)
+    assert energy_rank(torch.tensor(spectrum, dtype=torch.float64), float(energy)) == smallest
+
+
+@given(SPECTRA, st.floats(0.01, 1), st.floats(1e-6, 1e6))
+def test_energy_rank_does_not_depend_on_the_scale(spectrum, energy, scale):
+    values = torch.tensor(spectrum, dtype=torch.float64)
+    assert energy_rank(values * scale, energy) == energy_rank(values, energy)
+
+
+@pytest.mark.parametrize("k", [1, 4, 8])
+def test_effective_rank_of_k_equal_directions_is_k(k, generator):
+    left = torch.linalg.qr(torch.randn(100, k, dtype=torch.float64, generator=generator)).Q
+    right = torch.linalg.qr(torch.randn(8, k, dtype=torch.float64, generator=generator)).Q
+    assert effective_rank(left @ right.T) == pytest.approx(k, rel=1e-3)
+
+
+def test_effective_rank_by_hand():
+    """Singular values 3 and 1: exp of the entropy of (3/4, 1/4)."""
+    features = torch.tensor([[3.0, 0.0], [0.0, 1.0], [0.0, 0.0]])
+    entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
+    assert effective_rank(features) == pytest.approx(math.exp(entropy), abs=1e-4)
+
+
+def test_effective_rank_depends_on_neither_scale_nor_rotation(generator):
+    features = torch.randn(60, 8, dtype=torch.float64, generator=generator)
+    turn = torch.linalg.qr(torch.randn(8, 8, dtype=torch.float64, generator=generator)).Q
+    assert effective_rank(5 * features @ turn) == pytest.approx(effective_rank(features))
+
+
+@pytest.mark.parametrize("rank", [0, 1, 3, 5])
+def test_numerical_rank_counts_directions(rank, generator):
+    left, right = (torch.randn(shape, generator=generator).double() for shape in ((7, rank), (rank, 5)))
+    assert numerical_rank(left @ right) == rank
+
+
+def test_numerical_rank_ignores_what_is_below_the_tolerance():
+    matrix = torch.diag(torch.tensor([1.0, 1e-3, 1e-7, 0.0], dtype=torch.float64))
+    assert numerical_rank(matrix) == 2
+    assert numerical_rank(matrix, tolerance=1e-8) == 3
