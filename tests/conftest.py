@@ -8,10 +8,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import settings
 from torch import Tensor, nn
 
 from utilized_rank import config, models
 from utilized_rank.data import Dataset, Split
+
+# The same examples each time, however slow the machine.
+settings.register_profile("seeded", deadline=None, derandomize=True)
+settings.load_profile("seeded")
 
 SHAPE, CLASSES = (3, 8, 8), 5
 
@@ -250,9 +255,8 @@ def toy_dataset(seed: int = 0) -> Dataset:
         pixels[labels == 1, :, 4:] += 80
         return Split(pixels.byte(), labels)
 
-    return Dataset(
-        {"train": split(96), "search": split(40), "test": split(40)}, ["up", "down"], [0.35], [0.2]
-    )
+    splits = {"train": split(96), "search": split(40), "test": split(40)}
+    return Dataset(splits, ["up", "down"], [0.35], [0.2])
 
 
 @pytest.fixture

@@ -13,11 +13,39 @@ PACKAGE = ROOT / "src" / "utilized_rank"
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 # A module imports only from those before it.
-ORDER = """
-config store intervals provenance runtime data models evaluation training selfsupervised layers moments subspaces
-projection rank_search suffix trials measure lowrank cost decompose tables
-figures.style figures.images figures.training figures.layers figures.study notebooks report cli
-""".split()
+ORDER = [
+    "config",
+    "store",
+    "intervals",
+    "provenance",
+    "runtime",
+    "data",
+    "models",
+    "evaluation",
+    "training",
+    "selfsupervised",
+    "layers",
+    "correlations",
+    "moments",
+    "subspaces",
+    "projection",
+    "rank_search",
+    "suffix",
+    "trials",
+    "measure",
+    "lowrank",
+    "cost",
+    "decompose",
+    "tables",
+    "figures.style",
+    "figures.images",
+    "figures.training",
+    "figures.layers",
+    "figures.study",
+    "notebooks",
+    "report",
+    "cli",
+]
 
 
 def module_path(name: str) -> Path:

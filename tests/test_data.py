@@ -23,7 +23,7 @@ def how(**fractions: float | int) -> Data:
     return DIGITS.model_copy(update=fractions)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     search=st.floats(0.1, 0.45),
     test=st.floats(0.1, 0.45),

@@ -95,4 +95,4 @@ def test_a_projection_that_attention_never_calls_does_not_count():
     """nn.MultiheadAttention uses the weight of its out_proj directly: nothing is seen to flow in."""
     selection = countable(nn.TransformerEncoderLayer(8, 2, 16))
     assert [layer.name for layer in selection.layers] == ["linear1", "linear2"]
-    assert "self_attn.out_proj" in selection.left_out
+    assert "MultiheadAttention" in selection.left_out["self_attn"]

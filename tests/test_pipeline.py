@@ -11,6 +11,8 @@ import nbformat
 import pytest
 from ruamel.yaml import YAML
 
+from utilized_rank.config import parse_study
+
 ROOT = Path(__file__).parents[1]
 VIT = {"architecture": "vit", "dim": 12, "depth": 1, "heads": 2, "patch_size": 16}
 TUNE = {"epochs": 2, "lr": 1e-3}
@@ -41,6 +43,15 @@ STUDY = {
     "decompose": {"methods": ["projection", "optimal", "svd"], "finetuned": ["optimal"], "sweep_points": 2},
     "comparisons": {"tiny": {"label": "ViT", "supervised": "tiny_vit", "linear": "tiny_ssl", "finetuned": "tiny_ssl"}},
 }
+
+
+# DVC wants every parameter that a stage names to stand in params.yaml, defaults included.
+STUDY = parse_study(STUDY).model_dump()
+
+
+def with_run(name: str, **changes: object) -> dict:
+    """The study with parts of one run replaced."""
+    return STUDY | {"runs": STUDY["runs"] | {name: STUDY["runs"][name] | changes}}
 
 
 def write_params(project: Path, study: dict) -> None:
@@ -125,8 +136,7 @@ def test_stages_repeat_to_the_same_bytes(project):
 
 
 def test_a_changed_fine_tuning_rate_concerns_that_fine_tuning_alone(project):
-    runs = STUDY["runs"] | {"tiny_vit": STUDY["runs"]["tiny_vit"] | {"finetune": TUNE | {"lr": 2e-3}}}
-    write_params(project, STUDY | {"runs": runs})
+    write_params(project, with_run("tiny_vit", finetune=STUDY["runs"]["tiny_vit"]["finetune"] | {"lr": 2e-3}))
     try:
         changed = re.findall(r"^(\S+):$", command(project, "dvc", "status"), re.MULTILINE)
         assert sorted(changed) == ["check", "finetune@tiny_vit", "report"]
@@ -136,8 +146,7 @@ def test_a_changed_fine_tuning_rate_concerns_that_fine_tuning_alone(project):
 
 def test_a_mistyped_key_stops_the_first_stage_and_loses_nothing(project):
     before = contents(project / "reports")
-    runs = STUDY["runs"] | {"tiny_vit": STUDY["runs"]["tiny_vit"] | {"trian": {}}}
-    write_params(project, STUDY | {"runs": runs})
+    write_params(project, with_run("tiny_vit", trian={}))
     try:
         output = command(project, "dvc", "repro", ok=False)
     finally:
@@ -146,6 +155,8 @@ def test_a_mistyped_key_stops_the_first_stage_and_loses_nothing(project):
     assert "Traceback" not in output
     assert started(output) == ["check"]
     assert contents(project / "reports") == before
+    assert "run `utilized-rank check`" in command(project, "utilized-rank", "stage", "prepare", ok=False)
+    assert started(command(project, "dvc", "repro")) == ["check"]
 
 
 def test_a_failing_cell_says_what_and_keeps_the_notebook(project):

@@ -11,7 +11,7 @@ from utilized_rank.provenance import file_hash, parameter_hash, processor, prove
 @pytest.fixture
 def project(tmp_path):
     """A project's code and one file of data."""
-    for name in ("src/package/a.py", "src/b.py", "notebooks/1_prepare.ipynb", "dvc.yaml", "data/digits.bin"):
+    for name in ("src/package/a.py", "src/b.py", "data/notebooks/1_prepare.ipynb", "data/digits.bin"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
     return tmp_path
@@ -39,7 +39,7 @@ def test_the_hash_of_a_tree_does_not_depend_on_order_or_place(project, tmp_path_
 
 
 def test_the_hash_of_a_tree_depends_on_contents_and_names(project):
-    paths = [project / "src" / "b.py", project / "dvc.yaml"]
+    paths = [project / "src" / "b.py", project / "data" / "digits.bin"]
     before = tree_hash(paths, project)
     paths[0].write_text("changed")
     changed = tree_hash(paths, project)
@@ -66,8 +66,7 @@ def test_the_record_is_json_and_the_same_each_time(record):
     ("changed", "entry"),
     [
         ("src/package/a.py", "code"),
-        ("notebooks/1_prepare.ipynb", "code"),
-        ("dvc.yaml", "code"),
+        ("data/notebooks/1_prepare.ipynb", "code"),
         ("data/digits.bin", "data"),
     ],
 )

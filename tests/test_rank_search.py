@@ -17,7 +17,8 @@ WIDTHS = st.tuples(st.integers(1, 12), st.integers(1, 12))
 def monotone(draw) -> tuple[int, int, Passes]:
     """(k_S, k_T) passes where it is above one of a few points; the unaltered layer always does."""
     m, n = draw(WIDTHS)
-    points = draw(st.lists(st.tuples(st.integers(1, m), st.integers(1, n)), max_size=4)) + [(m, n)]
+    pairs = st.tuples(st.integers(1, m), st.integers(1, n))
+    points = [*draw(st.lists(pairs, max_size=4)), (m, n)]
     return m, n, lambda k_s, k_t: any(k_s >= a and k_t >= b for a, b in points)
 
 
@@ -37,6 +38,13 @@ def or_whole(k: int, width: int, whole: int) -> int:
     return k if k <= width else whole
 
 
+def growing(found: Ranks, m: int, n: int) -> list[tuple[int, int]]:
+    """(k_S, k_T) from what passes alone, both one larger at each step, until nothing is projected."""
+    width = min(m, n)
+    alone = found.k_s_alone, found.k_t_alone
+    return [(or_whole(alone[0] + d, width, m), or_whole(alone[1] + d, width, n)) for d in range(width + 1)]
+
+
 def assert_boundary(passes: Callable[[int], bool], k: int, width: int, whole: int) -> None:
     """k passes and k - 1 fails, or k = 1; beyond min(m, n) only the whole width is tried."""
     assert passes(k)
@@ -49,10 +57,7 @@ def assert_certified(passes: Passes, m: int, n: int, found: Ranks) -> None:
     width = min(m, n)
     assert_boundary(lambda k: passes(k, n), found.k_s_alone, width, m)
     assert_boundary(lambda k: passes(m, k), found.k_t_alone, width, n)
-    steps = [
-        (or_whole(found.k_s_alone + d, width, m), or_whole(found.k_t_alone + d, width, n))
-        for d in range(width + 1)
-    ]
+    steps = growing(found, m, n)
     at = steps.index((found.k_s, found.k_t))
     assert passes(*steps[at])
     assert at == 0 or not passes(*steps[at - 1])
@@ -67,17 +72,46 @@ def test_on_monotone_verdicts_the_search_finds_the_smallest_ranks(case):
     assert_certified(passes, m, n, found)
     assert found.k_s_alone == next((k for k in range(1, width + 1) if passes(k, n)), m)
     assert found.k_t_alone == next((k for k in range(1, width + 1) if passes(m, k)), n)
-    grown = [
-        (or_whole(found.k_s_alone + d, width, m), or_whole(found.k_t_alone + d, width, n))
-        for d in range(width + 1)
-    ]
-    assert (found.k_s, found.k_t) == next(pair for pair in grown if passes(*pair))
+    assert (found.k_s, found.k_t) == next(pair for pair in growing(found, m, n) if passes(*pair))
 
 
 @given(arbitrary())
 def test_on_any_verdicts_the_search_finds_certified_boundaries(case):
     m, n, passes = case
     assert_certified(passes, m, n, search(passes, m, n))
+
+
+@st.composite
+def with_cheaper(draw, cases) -> tuple[int, int, Passes, Passes]:
+    """A cheaper verdict beside the verdict: passes wherever that does, and at some pairs more."""
+    m, n, passes = draw(cases)
+    more = draw(st.sets(st.tuples(st.integers(1, m), st.integers(1, n))))
+    return m, n, passes, lambda *pair: pair in more or passes(*pair)
+
+
+@given(with_cheaper(arbitrary()))
+def test_with_a_cheaper_verdict_the_boundaries_are_certified_all_the_same(case):
+    m, n, passes, may_pass = case
+    assert_certified(passes, m, n, search(passes, m, n, may_pass))
+
+
+@given(with_cheaper(monotone()))
+def test_with_a_cheaper_verdict_the_smallest_ranks_are_the_same_where_passing_is_monotone(case):
+    m, n, passes, may_pass = case
+    assert search(passes, m, n, may_pass) == search(passes, m, n)
+
+
+@given(st.integers(1, 200), st.data())
+def test_a_cheaper_verdict_that_is_right_saves_all_but_one_full_verdict(high, data):
+    first = data.draw(st.integers(1, high))
+    tried: list[int] = []
+
+    def passes(k: int) -> bool:
+        tried.append(k)
+        return k >= first
+
+    assert smallest(passes, 0, high, lambda k: k >= first) == first
+    assert tried == ([first] if first < high else [])
 
 
 @given(arbitrary())
@@ -121,7 +155,7 @@ def test_both_ranks_grow_together_where_each_passes_alone_but_not_both():
     assert (found.k_s, found.k_t, found.r) == (7, 7, 7)
 
 
-SPECTRUM = st.lists(st.integers(0, 50), min_size=1, max_size=8).map(lambda v: sorted(v, reverse=True)).filter(any)
+SPECTRUM = st.lists(st.integers(0, 50), min_size=1, max_size=8).filter(any).map(lambda v: sorted(v)[::-1])
 
 
 def tensor(spectrum: list[int]) -> torch.Tensor:
@@ -178,3 +212,24 @@ def test_on_any_verdicts_the_energy_search_finds_a_certified_boundary_of_the_pat
 def test_a_layer_of_width_one_needs_one_dimension_where_all_passes(m, n):
     found = search(lambda *_: True, m, n)
     assert (found.k_s, found.k_t, found.r) == (1, 1, 1)
+
+
+@given(st.data())
+def test_a_cheaper_verdict_changes_the_cost_and_not_the_answer(data):
+    """A no of the cheap verdict is final: the boundary stays certified, and needs no more full verdicts."""
+    m, n = data.draw(st.integers(2, 40)), data.draw(st.integers(2, 40))
+    first_s, first_t = data.draw(st.integers(1, min(m, n))), data.draw(st.integers(1, min(m, n)))
+    slack = data.draw(st.integers(0, 3))
+    full: list[tuple[int, int]] = []
+
+    def passes(k_s: int, k_t: int) -> bool:
+        full.append((k_s, k_t))
+        return k_s >= first_s and k_t >= first_t
+
+    plain, plain_cost = search(passes, m, n), len(full)
+    full.clear()
+    found = search(passes, m, n, lambda k_s, k_t: k_s >= first_s - slack and k_t >= first_t - slack)
+    assert found == plain
+    if slack == 0:
+        assert len(full) <= 3
+        assert len(full) <= plain_cost

@@ -50,21 +50,30 @@ def test_the_order_of_metadata_does_not_matter(tmp_path):
     assert (tmp_path / "first").read_bytes() == (tmp_path / "second").read_bytes()
 
 
+def write_half(path) -> None:
+    with store.whole(path) as partial:
+        partial.write_text("half of i")
+        raise RuntimeError("midway")
+
+
 @pytest.mark.parametrize("before", [None, "old"])
 def test_a_write_that_raises_leaves_no_trace(tmp_path, before):
     path = tmp_path / "result"
     if before is not None:
         path.write_text(before)
-    with pytest.raises(RuntimeError, match="midway"), store.whole(path) as partial:
-        partial.write_text("half of i")
-        raise RuntimeError("midway")
+    with pytest.raises(RuntimeError, match="midway"):
+        write_half(path)
     assert files(tmp_path) == ([] if before is None else ["result"])
     assert before is None or path.read_text() == before
 
 
 @pytest.mark.parametrize(
     ("write", "content"),
-    [(store.write_json, {"x": float("nan")}), (store.write_json, {"x": object()}), (store.write_tensors, {"x": 1})],
+    [
+        (store.write_json, {"x": float("nan")}),
+        (store.write_json, {"x": object()}),
+        (store.write_tensors, {"x": 1}),
+    ],
     ids=["NaN is no JSON", "neither is an object", "a number is no tensor"],
 )
 def test_what_cannot_be_written_keeps_what_was_there(tmp_path, write, content):
@@ -141,10 +150,3 @@ def test_a_network_with_a_shared_module_can_be_written(tmp_path, make):
     nn.init.zeros_(other.block.weight)
     other.load_state_dict(store.read_tensors(tmp_path / "a.safetensors")[0])
     assert torch.equal(other.block.weight, make("shared").block.weight)
-
-
-def test_timings_are_one_row_a_stage(tmp_path):
-    store.write_json(tmp_path / "train-vgg11.json", {"seconds": 2.5})
-    store.write_json(tmp_path / "measure-vgg11.json", {"seconds": 1})
-    table = store.timings_table(tmp_path)
-    assert table.to_dict("list") == {"stage": ["measure-vgg11", "train-vgg11"], "seconds": [1, 2.5]}

@@ -25,9 +25,8 @@ def seeded(seed: int = 0) -> torch.Generator:
 def small_network() -> nn.Module:
     """A convolution, a norm and a classifier, for images 1 x 8 x 8 of two classes."""
     torch.manual_seed(1)
-    return nn.Sequential(
-        nn.Conv2d(1, 4, 3, stride=2), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(36, 2)
-    )
+    encoder = [nn.Conv2d(1, 4, 3, stride=2), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten()]
+    return nn.Sequential(*encoder, nn.Linear(36, 2))
 
 
 class Regression:
@@ -86,7 +85,8 @@ def test_the_curve_is_the_mean_loss_of_each_epoch_and_what_is_watched():
         values.append(value.item())
         return value
 
-    curve = training.fit([problem.w], loss, 64, recipe(epochs=3), seeded(), after_epoch=lambda: {"seen": len(values)})
+    watch = lambda: {"seen": len(values)}  # noqa: E731
+    curve = training.fit([problem.w], loss, 64, recipe(epochs=3), seeded(), after_epoch=watch)
     assert curve.epoch.tolist() == [1, 2, 3]
     assert curve.seen.tolist() == [4, 8, 12]
     np.testing.assert_allclose(curve.loss, np.reshape(values, (3, 4)).mean(1))
@@ -144,9 +144,8 @@ def test_training_lowers_the_loss_and_learns(method, dataset):
 def test_training_is_reproducible_to_the_bit(method, dataset):
     how = recipe(augmentation=Augmentation(shift=0.1, noise=0.1))
     networks = [small_network() for _ in range(3)]
-    curves = [
-        run(method, network, dataset, how, seed) for network, seed in zip(networks, (0, 0, 1), strict=True)
-    ]
+    seeds = zip(networks, (0, 0, 1), strict=True)
+    curves = [run(method, network, dataset, how, seed) for network, seed in seeds]
     assert curves[0].equals(curves[1])
     assert not curves[0].equals(curves[2])
     first, again = (network.state_dict() for network in networks[:2])
@@ -198,8 +197,7 @@ def test_the_test_split_is_never_looked_at(dataset):
 
 
 def test_label_smoothing_raises_the_least_loss_that_can_be_reached(dataset):
-    plain, smooth = (
-        run("linear", small_network(), dataset, recipe(epochs=40, lr=0.05, label_smoothing=s)) for s in (0, 0.2)
-    )
+    recipes = [recipe(epochs=40, lr=0.05, label_smoothing=smoothing) for smoothing in (0, 0.2)]
+    plain, smooth = (run("linear", small_network(), dataset, how) for how in recipes)
     least = -(0.9 * np.log(0.9) + 0.1 * np.log(0.1))  # of two classes, 0.2 spread over both
     assert plain.loss.iloc[-1] < least < smooth.loss.iloc[-1] + 1e-3

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated
 
 import typer
 
 from .config import StudyError, load_study, project_root
+
+# jsonschema, which reading a notebook imports, would spend a second on the grammar of internationalised
+# addresses. No notebook has one, and every stage would pay.
+sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 

@@ -30,7 +30,7 @@ class StudyError(Exception):
 class Section(BaseModel):
     """A part of the parameters: immutable, and closed to unknown keys."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Data(Section):
@@ -123,7 +123,8 @@ class Pretrained(Recipe):
 
     @model_validator(mode="after")
     def _checkpoint_names_its_file(self) -> Pretrained:
-        if (self.method == "checkpoint") != (self.file is not None and self.sha256 is not None):
+        given = [value is not None for value in (self.file, self.sha256)]
+        if given != 2 * [self.method == "checkpoint"]:
             raise ValueError("file and sha256 belong to method: checkpoint, and it needs both")
         return self
 
@@ -158,6 +159,13 @@ class Measure(Section):
     """Tolerated loss of accuracy on the search split, in percentage points."""
     criterion: Literal["rank", "energy"] = "rank"
     """Search k_S and k_T each on its own, or one energy threshold for both."""
+
+    @model_validator(mode="after")
+    def _epsilons_differ(self) -> Measure:
+        if len(set(self.epsilons)) < len(self.epsilons):
+            raise ValueError(f"epsilons {self.epsilons} names one twice")
+        return self
+
     batch_size: Positive = 128
     """Images a batch in the moment pass."""
     memory: Positive = 2048
@@ -211,28 +219,45 @@ class Study(Section):
     comparisons: dict[Name, Comparison] = {}
 
     @model_validator(mode="after")
-    def _names_are_defined(self) -> Study:
-        if FROM_SCRATCH in self.pretrained:
-            raise ValueError(f"pretrained.{FROM_SCRATCH} is taken: it means random weights")
-        for name, run in self.runs.items():
-            where = f"runs.{name}.pretrained"
-            if run.pretrained != FROM_SCRATCH:
-                _require(where, run.pretrained, self.pretrained)
-                if self.pretrained[run.pretrained].model != run.model:
-                    raise ValueError(f"{where}: {run.pretrained} was made with another model")
-            elif run.train.method != "supervised":
-                raise ValueError(f"{where} is none, so train.method must be supervised")
-        for name, comparison in self.comparisons.items():
-            for kind, run_name in comparison.runs().items():
-                _require(f"comparisons.{name}.{kind}", run_name, self.runs)
-            if len({self.runs[run].model for run in comparison.runs().values()}) > 1:
-                raise ValueError(f"comparisons.{name}: its runs do not share one model")
+    def _parts_fit_together(self) -> Study:
+        mistakes = [*self._mistakes()]
+        if mistakes:
+            raise ValueError("\n".join(mistakes))
         return self
 
+    def _mistakes(self) -> Iterator[str]:
+        if FROM_SCRATCH in self.pretrained:
+            yield f"pretrained.{FROM_SCRATCH} is taken: it means random weights"
+        for name, made in self.pretrained.items():
+            yield from _misfit(f"pretrained.{name}.model", made.model, self.data.image_size)
+        for name, run in self.runs.items():
+            where = f"runs.{name}.pretrained"
+            yield from _misfit(f"runs.{name}.model", run.model, self.data.image_size)
+            if run.pretrained in self.pretrained:
+                if self.pretrained[run.pretrained].model != run.model:
+                    yield f"{where}: {run.pretrained} was made with another model"
+            elif run.pretrained != FROM_SCRATCH:
+                yield _undefined(where, run.pretrained, self.pretrained)
+            elif run.train.method != "supervised":
+                yield f"{where} is none, so train.method must be supervised"
+        for name, comparison in self.comparisons.items():
+            kinds = comparison.runs()
+            unknown = {kind: run for kind, run in kinds.items() if run not in self.runs}
+            for kind, run_name in unknown.items():
+                yield _undefined(f"comparisons.{name}.{kind}", run_name, self.runs)
+            if not unknown and len({self.runs[run].model for run in kinds.values()}) > 1:
+                yield f"comparisons.{name}: its runs do not share one model"
 
-def _require(where: str, name: str, known: dict[str, Any]) -> None:
-    if name not in known:
-        raise ValueError(f"{where}: there is no {name!r}{_suggestion(name, known)}")
+
+def _misfit(where: str, model: Model, side: int) -> Iterator[str]:
+    if model.architecture == "vgg11" and side < 32:
+        yield f"{where}: vgg11 halves the image five times, so data.image_size must be at least 32, not {side}"
+    if model.architecture == "vit" and side % model.patch_size:
+        yield f"{where}: patch_size {model.patch_size} does not divide data.image_size {side}"
+
+
+def _undefined(where: str, name: str, known: dict[str, Any]) -> str:
+    return f"{where}: there is no {name!r}{_suggestion(name, known)}"
 
 
 def _suggestion(word: str, known: Iterator[str] | dict[str, Any] | list[str]) -> str:
@@ -280,7 +305,8 @@ def parse_study(values: Any) -> Study:
     try:
         return Study.model_validate(values)
     except ValidationError as error:
-        lines = [f"params.yaml: {_explain(item)}" for item in error.errors()]
+        mistakes = "\n".join(_explain(item) for item in error.errors()).splitlines()
+        lines = [f"params.yaml: {mistake}" for mistake in mistakes]
         raise StudyError("\n".join(lines)) from error
 
 
@@ -301,11 +327,12 @@ def _explain(item: Any) -> str:
 def _section_at(location: list[str | int]) -> type[Section]:
     """The section of the parameters that ``location`` points into."""
     section: type[Section] = Study
-    for part in location:
-        field = section.model_fields.get(str(part))
-        if field is None:  # a user's own name, as in runs.NAME: the section was found one step above
-            continue
-        candidates = [field.annotation, *getattr(field.annotation, "__args__", ())]
+    parts = iter(location)
+    for part in parts:
+        annotation = section.model_fields[str(part)].annotation
+        candidates = [annotation, *getattr(annotation, "__args__", ())]
         found = [c for c in candidates if isinstance(c, type) and issubclass(c, Section)]
         section = found[0] if found else section
+        if getattr(annotation, "__origin__", None) is dict:
+            next(parts, None)  # a user's own name, as in runs.NAME
     return section

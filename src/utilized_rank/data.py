@@ -10,8 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 from . import config
@@ -66,6 +64,8 @@ class Dataset:
 
 def load_source(data: config.Data) -> tuple[Tensor, Tensor, list[str]]:
     """All images (uint8, N x C x H x W), their labels, and the classes' names."""
+    from sklearn.datasets import load_digits  # only preparing needs it, and it takes a second to import
+
     digits = load_digits()
     images = torch.from_numpy(digits.images / 16).float().unsqueeze(1)  # (N, 1, 8, 8) in [0, 1]
     side = data.image_size
@@ -77,8 +77,20 @@ def split_indices(labels: np.ndarray, data: config.Data, seed: int) -> dict[str,
     """Stratified indices of each split, ascending for search and test, shuffled for train.
 
     The search split is carved from what is not test: selecting a rank never sees a test image.
+
+    Raises:
+        StudyError: there are too few images for a split to have every class.
     """
+    from sklearn.model_selection import train_test_split
+
     indices = np.arange(len(labels))
+    classes = len(set(labels.tolist()))
+    fewest = math.ceil(classes / min(data.search_fraction, data.test_fraction))
+    if min(data.limit or len(labels), len(labels)) < fewest:
+        raise config.StudyError(
+            f"{data.limit or len(labels)} images are too few: every split needs one of each of {classes} classes, so "
+            f"data.limit must be at least {fewest}"
+        )
     if data.limit is not None and data.limit < len(labels):
         indices, _ = train_test_split(indices, train_size=data.limit, stratify=labels, random_state=seed)
     rest, test = train_test_split(indices, test_size=data.test_fraction, stratify=labels[indices], random_state=seed)

@@ -1,4 +1,4 @@
-"""How often a network is right, and how sure a difference between two networks is."""
+"""How sure a difference between the accuracies of two networks is."""
 
 from __future__ import annotations
 

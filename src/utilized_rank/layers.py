@@ -91,12 +91,23 @@ def countable(network: nn.Module) -> Selection:
     """Select every linear layer and two-dimensional convolution, in the order of definition.
 
     Depthwise convolutions are left out: with one input channel and one output channel a group,
-    their rank is 1 by construction and says nothing about the data.
+    their rank is 1 by construction and says nothing about the data. So is the inside of
+    ``nn.MultiheadAttention``, which never calls its projections as modules.
     """
     layers: list[Layer] = []
     left_out: dict[str, str] = {}
+    inside = {
+        id(part)
+        for module in network.modules()
+        if isinstance(module, nn.MultiheadAttention)
+        for part in module.modules()
+    }
     for name, module in network.named_modules():
-        if isinstance(module, nn.Conv2d) and 1 < module.groups == module.in_channels:
+        if isinstance(module, nn.MultiheadAttention):
+            left_out[name] = "nn.MultiheadAttention: its projections are not called as modules"
+        elif id(module) in inside:
+            continue
+        elif isinstance(module, nn.Conv2d) and 1 < module.groups == module.in_channels == module.out_channels:
             left_out[name] = "depthwise convolution: one channel a group"
         elif isinstance(module, Weighted):
             layers.append(Layer(name, module))

@@ -150,10 +150,15 @@ def _bias(layer: Layer, factors: Factors) -> Tensor | None:
 
 
 def substitute(network: nn.Module, modules: dict[str, nn.Module]) -> None:
-    """Put ``modules`` in place of those of the same names, in ``network`` itself."""
-    for name, module in modules.items():
-        parent, _, child = name.rpartition(".")
-        setattr(network.get_submodule(parent), child, module)
+    """Put ``modules`` in place of those of the same names, in ``network`` itself.
+
+    A module that the network has under several names is replaced under all of them.
+    """
+    new = {network.get_submodule(name): module for name, module in modules.items()}
+    for name, old in list(network.named_modules(remove_duplicate=False)):
+        if old in new:
+            parent, _, child = name.rpartition(".")
+            setattr(network.get_submodule(parent), child, new[old])
 
 
 def restructure(network: nn.Module, ranks: dict[str, list[int]]) -> None:

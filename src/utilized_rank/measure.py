@@ -75,9 +75,12 @@ def layer_ranks(layer: Layer, s: Subspace, t: Subspace, trials: Trials, epsilon:
     def passes(k_s: int, k_t: int) -> bool:
         return trials.passes(layer, s, t, k_s, k_t, needed)
 
+    def may_pass(k_s: int, k_t: int) -> bool:
+        return trials.passes(layer, s, t, k_s, k_t, needed, quick=True)
+
     if criterion == "energy":
-        return search_energy(passes, layer.m, layer.n, _over_groups(s), _over_groups(t))
-    return search(passes, layer.m, layer.n)
+        return search_energy(passes, layer.m, layer.n, _over_groups(s), _over_groups(t), may_pass)
+    return search(passes, layer.m, layer.n, may_pass)
 
 
 def _over_groups(subspace: Subspace) -> torch.Tensor:

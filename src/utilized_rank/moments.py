@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
 
+from . import correlations
+from .correlations import Correlations
 from .layers import Layer
 
 
@@ -52,6 +55,37 @@ class Moments:
         return self.second - mean.unsqueeze(2) * mean.unsqueeze(1)
 
 
+class Stream:
+    """Takes in what flows into one layer, in float64 from the first product on.
+
+    Patches that overlap enough go through :mod:`utilized_rank.correlations`, which is exact and cheaper.
+    """
+
+    def __init__(self, layer: Layer) -> None:
+        self.layer = layer
+        self._rows = Moments.zeros(layer.groups, layer.m)
+        self._by_size: dict[tuple[int, int], Correlations] = {}
+
+    def add(self, inputs: Tensor) -> None:
+        """Take in what the module was called with."""
+        module, size = self.layer.module, (inputs.shape[-2], inputs.shape[-1])
+        if not isinstance(module, nn.Conv2d) or not correlations.pays(module, *size):
+            self._rows.add(self.layer.rows(inputs))
+            return
+        if size not in self._by_size:
+            self._by_size[size] = Correlations(module, *size)
+        self._by_size[size].add(inputs)
+
+    def moments(self) -> Moments:
+        """Of all that came so far."""
+        moments = Moments(self._rows.products.clone(), self._rows.total.clone(), self._rows.count)
+        for part in self._by_size.values():
+            moments.products[0] += part.products()
+            moments.total[0] += part.total()
+            moments.count += part.count
+        return moments
+
+
 @torch.inference_mode()
 def input_moments(network: nn.Module, layers: list[Layer], batches: Iterable[Tensor]) -> dict[str, Moments]:
     """The moments of every layer's inputs, in one pass over ``batches`` of images (B, C, H, W).
@@ -59,23 +93,32 @@ def input_moments(network: nn.Module, layers: list[Layer], batches: Iterable[Ten
     A layer that is called more than once in a pass (shared weights) adds up over its calls.
 
     Raises:
-        FloatingPointError: a layer received NaN or Inf; names the layer.
+        FloatingPointError: a layer received NaN or Inf, or the network gives them; names the layer.
     """
     network.eval()
-    moments = {layer.name: Moments.zeros(layer.groups, layer.m) for layer in layers}
-    with _watching(layers, moments):
+    streams = {layer.name: Stream(layer) for layer in layers}
+    with _watching(layers, streams):
         for batch in batches:
-            network(batch)
-    for name, moment in moments.items():
-        if not torch.isfinite(moment.products).all():
-            raise FloatingPointError(f"layer {name} received values that are not finite (NaN or Inf)")
+            if not torch.isfinite(network(batch)).all() and layers:
+                _refuse(streams)
+    moments = {name: stream.moments() for name, stream in streams.items()}
+    if not all(torch.isfinite(moment.products).all() for moment in moments.values()):
+        _refuse(streams)
     return moments
 
 
+def _refuse(streams: dict[str, Stream]) -> NoReturn:
+    """Name the first layer that received what is not finite, or the last layer, which gave it."""
+    for name, stream in streams.items():
+        if not torch.isfinite(stream.moments().products).all():
+            raise FloatingPointError(f"layer {name} received values that are not finite (NaN or Inf)")
+    raise FloatingPointError(f"layer {name} gave values that are not finite (NaN or Inf)")
+
+
 @contextmanager
-def _watching(layers: list[Layer], moments: dict[str, Moments]) -> Iterator[None]:
+def _watching(layers: list[Layer], streams: dict[str, Stream]) -> Iterator[None]:
     def hook(layer: Layer) -> torch.utils.hooks.RemovableHandle:
-        return layer.module.register_forward_pre_hook(lambda _, args: moments[layer.name].add(layer.rows(args[0])))
+        return layer.module.register_forward_pre_hook(lambda _, args: streams[layer.name].add(args[0]))
 
     handles = [hook(layer) for layer in layers]
     try:

@@ -80,6 +80,8 @@ def execute(root: Path, study: Study, stage: str, key: str | None) -> None:
     if key not in keys_of(study, stage):
         known = ", ".join(str(k) for k in keys_of(study, stage))
         raise StudyError(f"stage {stage} has no {key!r} in study {study.name} (known: {known})")
+    if not source(root, stage).is_file():
+        raise StudyError(f"{source(root, stage).relative_to(root)} is not there: run `utilized-rank check`")
     store, name = Store(study.name, root), executed_name(stage, key)
     done = store.data("executed", f"{name}.ipynb")
     partial = done.with_suffix(".partial.ipynb")
@@ -104,6 +106,8 @@ def _papermill(path: Path, output: Path, parameters: dict[str, Any], root: Path)
         spec.write_text(json.dumps({"argv": argv, "display_name": "utilized-rank", "language": "python"}))
         os.environ["JUPYTER_PATH"] = folder
         os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")
+        # Threads that wait spin briefly, then sleep: beside a busy process, endless spinning costs a factor of six.
+        os.environ.setdefault("GOMP_SPINCOUNT", "3000")
         try:
             papermill.execute_notebook(
                 str(path),

@@ -52,13 +52,13 @@ def provenance(study: Study, data: list[Path], root: Path) -> dict[str, Any]:
 
     A git revision is left out on purpose: committing the record would change it.
     """
-    root = root.resolve()
-    code = [*root.glob("src/**/*.py"), *root.glob("notebooks/*.ipynb"), root / "dvc.yaml"]
+    root = root.absolute()
+    code = [*root.glob("src/**/*.py"), *root.glob("data/notebooks/*.ipynb")]  # the notebooks as they run
     return {
         "study": study.name,
         "code": tree_hash(code, root),
         "parameters": parameter_hash(study),
-        "data": tree_hash([path.resolve() for path in data], root),
+        "data": tree_hash([path.absolute() for path in data], root),
         "seed": study.seed,
         "precision": {"training": study.precision, "evaluation": "float32", "second moments": "float64"},
         "threads": study.threads,

@@ -33,11 +33,22 @@ class Ranks:
     """Utilized rank, min(k_S, k_T) (Garg et al. 2024)."""
 
 
-def smallest(passes: Callable[[int], bool], low: int, high: int) -> int:
+def smallest(passes: Callable[[int], bool], low: int, high: int, may_pass: Callable[[int], bool] | None = None) -> int:
     """The smallest k in (low, high] found by bisection: it passes, and k - 1 fails or is ``low``.
 
-    ``high`` is known to pass; ``low`` is known to fail, or is not to be tried.
+    Args:
+        passes: the verdict on k.
+        low: known to fail, or not to be tried.
+        high: known to pass.
+        may_pass: a cheaper verdict whose no is final. The boundary that it gives is where the search
+            starts, so that most of the time a single ``passes`` certifies it.
     """
+    if may_pass is not None:
+        guess, step = smallest(may_pass, low, high), 1
+        low = guess - 1
+        while guess < high and not passes(guess):
+            low, guess, step = guess, min(high, guess + step), 2 * step
+        high = guess
     while high - low > 1:
         middle = (low + high) // 2
         if passes(middle):
@@ -47,36 +58,40 @@ def smallest(passes: Callable[[int], bool], low: int, high: int) -> int:
     return high
 
 
-def search(passes: Passes, m: int, n: int) -> Ranks:
+def search(passes: Passes, m: int, n: int, may_pass: Passes | None = None) -> Ranks:
     """Search k_S and k_T each on its own, then let both grow together until W' passes.
 
     Args:
         passes: the verdict on (k_S, k_T).
         m: input width.
         n: output width.
+        may_pass: a cheaper verdict whose no is final (see :func:`smallest`).
 
-    Only k up to min(m, n) are tried: r = min(k_S, k_T) cannot exceed it.
+    Only k up to min(m, n) are tried, since r = min(k_S, k_T) cannot exceed it; a side that needs more
+    is left whole.
     """
     width = min(m, n)
 
-    def up_to_width(passes_k: Callable[[int], bool], whole: int) -> int:
-        if width < whole and not passes_k(width):
-            return whole
-        return smallest(passes_k, 0, width)
+    def boundary(pair: Callable[[int], tuple[int, int]], low: int, high: int) -> int:
+        quick = None if may_pass is None else lambda k: may_pass(*pair(k))
+        return smallest(lambda k: passes(*pair(k)), low, high, quick)
 
-    k_s = up_to_width(lambda k: passes(k, n), m)
-    k_t = up_to_width(lambda k: passes(m, k), n)
+    # One more than the width stands for the whole side, which is the unaltered layer: it passes.
+    k_s = _or_whole(boundary(lambda k: (_or_whole(k, width, m), n), 0, width + 1), width, m)
+    k_t = _or_whole(boundary(lambda k: (m, _or_whole(k, width, n)), 0, width + 1), width, n)
 
     def grown(steps: int) -> tuple[int, int]:
         return _or_whole(k_s + steps, width, m), _or_whole(k_t + steps, width, n)
 
-    # Growing by the whole width removes both projections, which is the unaltered layer: it passes.
-    steps = 0 if passes(k_s, k_t) else smallest(lambda d: passes(*grown(d)), 0, width)
+    # Most of the time W' passes as it is. Growing by the whole width leaves the layer unaltered.
+    steps = 0 if passes(k_s, k_t) else boundary(grown, 0, width)
     joint_s, joint_t = grown(steps)
     return Ranks(joint_s, joint_t, k_s, k_t, min(joint_s, joint_t, width))
 
 
-def search_energy(passes: Passes, m: int, n: int, values_s: Tensor, values_t: Tensor) -> Ranks:
+def search_energy(
+    passes: Passes, m: int, n: int, values_s: Tensor, values_t: Tensor, may_pass: Passes | None = None
+) -> Ranks:
     """Search one energy threshold for both sides: the smallest (k_S(e), k_T(e)) that passes.
 
     Args:
@@ -85,11 +100,13 @@ def search_energy(passes: Passes, m: int, n: int, values_s: Tensor, values_t: Te
         n: output width.
         values_s: all eigenvalues of C_S, descending, (m,).
         values_t: all eigenvalues of C_T, descending, (n,).
+        may_pass: a cheaper verdict whose no is final (see :func:`smallest`).
     """
     width = min(m, n)
     path = [(_or_whole(a, width, m), _or_whole(b, width, n)) for a, b in energy_path(values_s, values_t)]
     path = [*dict.fromkeys(path), (m, n)]
-    k_s, k_t = path[smallest(lambda i: passes(*path[i]), -1, len(path) - 1)]
+    quick = None if may_pass is None else lambda i: may_pass(*path[i])
+    k_s, k_t = path[smallest(lambda i: passes(*path[i]), -1, len(path) - 1, quick)]
     return Ranks(k_s, k_t, k_s, k_t, min(k_s, k_t, width))
 
 

@@ -34,7 +34,8 @@ class Encoder(nn.Module):
         super().__init__()
         self.network = network
         self._features: list[Tensor] = []
-        classifier(network).register_forward_pre_hook(lambda _, args: self._features.append(args[0]))
+        hook = classifier(network).register_forward_pre_hook
+        self.hook = hook(lambda _, args: self._features.append(args[0]))
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (N, C, H, W) to features (N, D)."""
@@ -65,7 +66,10 @@ def pretrain_simclr(
 
     own = {id(p) for p in head.parameters()}
     trained = [p for p in network.parameters() if id(p) not in own] + list(projection.parameters())
-    curve = fit(trained, loss, len(images), recipe, generator, precision, title="SimCLR")
+    try:
+        curve = fit(trained, loss, len(images), recipe, generator, precision, title="SimCLR")
+    finally:
+        encoder.hook.remove()
     names = {name for name, module in network.named_modules() if module is head}
     kept = {k: v for k, v in network.state_dict().items() if k.rpartition(".")[0] not in names}
     return kept, curve

@@ -11,12 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pandas as pd
-
 from .config import Study, load_study, project_root
 
 if TYPE_CHECKING:
+    import pandas as pd
     from torch import Tensor, nn
+
+
+NAMES = ("layer", "run", "kind", "form", "method", "subspace")
+"""Columns of tables that hold names."""
 
 
 @dataclass(frozen=True)
@@ -87,8 +90,10 @@ def write_table(path: Path, table: pd.DataFrame) -> None:
 
 
 def read_table(path: Path) -> pd.DataFrame:
-    """Read what :func:`write_table` wrote."""
-    return pd.read_csv(path)
+    """Read what :func:`write_table` wrote; names stay names, also those that look like numbers or "NA"."""
+    import pandas as pd
+
+    return pd.read_csv(path, dtype=dict.fromkeys(NAMES, str), keep_default_na=False, na_values=[""])
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any] | None = None) -> None:
@@ -112,10 +117,5 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def write_network(path: Path, network: nn.Module, metadata: dict[str, Any] | None = None) -> None:
     """Write a network's parameters and buffers."""
-    write_tensors(path, network.state_dict(), metadata)
-
-
-def timings_table(folder: Path) -> pd.DataFrame:
-    """All timings under ``folder``, one row a stage."""
-    files = sorted(folder.glob("*.json"))
-    return pd.DataFrame([{"stage": file.stem, **read_json(file)} for file in files])
+    # A module under two names has its tensors twice in the file: safetensors takes no shared memory.
+    write_tensors(path, {name: tensor.clone() for name, tensor in network.state_dict().items()}, metadata)

@@ -37,12 +37,14 @@ class Traced:
         if self.graph is None:
             return None
         calls = [n for n in self.graph.nodes if n.op == "call_module" and f"{name}.".startswith(f"{n.target}.")]
-        return calls[0] if len(calls) == 1 else None
+        read = [n for n in self.graph.nodes if n.op == "get_attr" and n.target.startswith(f"{name}.")]
+        return calls[0] if len(calls) == 1 and not read else None
 
     def frontier(self, name: str) -> list[fx.Node] | None:
         """The nodes that the suffix of layer ``name`` takes its inputs from; None where it has no suffix.
 
-        That is so where the network could not be traced, or calls the layer more than once.
+        That is so where the network could not be traced, calls the layer more than once, or reads its
+        weight without calling it.
         """
         node = self._node(name)
         if node is None:
@@ -129,11 +131,16 @@ class Suffix:
             self.sources, self.kept, self.run = [], [None] * len(self.batches), None
 
     def _repeats(self) -> bool:
-        """Whether running twice gives twice what the network gives: an in-place operation would spoil it."""
+        """Whether running gives what the network gives, and leaves what was kept as it is.
+
+        An operation in place could spoil it.
+        """
         if self.kept[0] is None:
             return True
-        whole = self.traced.network(self.batches[0])
-        return all(torch.allclose(self.logits(0), whole, rtol=1e-4, atol=1e-4) for _ in range(2))
+        before = [v.clone() for v in self.kept[0] if isinstance(v, Tensor)]
+        same = torch.allclose(self.logits(0), self.traced.network(self.batches[0]), rtol=1e-4, atol=1e-4)
+        after = [v for v in self.kept[0] if isinstance(v, Tensor)]
+        return same and all(torch.equal(old, new) for old, new in zip(before, after, strict=True))
 
     def logits(self, index: int) -> Tensor:
         """The network's output for batch ``index``, (B, classes)."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import seaborn as sns
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import PercentFormatter
@@ -107,8 +108,10 @@ def comparison(layers: dict[str, pd.DataFrame], epsilon: float, summary: pd.Data
         middle.plot(rows.epsilon, 100 * rows.mlu, "o-", color=colour)
     middle.set(xlabel="tolerance ε (points)", ylabel="MLU (%)", title="Mean", ylim=(0, None))
     once = summary.drop_duplicates("kind")
-    right.bar(range(len(once)), once.rankme, color=[KINDS[k][0] for k in once.kind], width=0.6)
+    colours = {kind: colour for kind, (colour, _) in KINDS.items()}
+    sns.barplot(once, x="kind", y="rankme", hue="kind", palette=colours, saturation=1, width=0.6, ax=right)
     right.set_xticks(range(len(once)), [KINDS[k][1].replace(", ", ",\n") for k in once.kind], fontsize=7.5)
+    right.set_xlabel("")
     right.set(ylabel="RankMe of the features", title="RankMe")
     right.grid(axis="x", visible=False)
     return figure

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import matplotlib as mpl
-import seaborn as sns
+from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -20,10 +20,15 @@ SVG = {"Date": None, "Creator": None}
 
 def use() -> None:
     """Apply the style to all figures of this process (and to a notebook's inline pictures)."""
-    sns.set_theme(style="ticks", context="notebook", palette=SERIES)
     mpl.rcParams.update(
         {
             "svg.hashsalt": "utilized-rank",
+            "axes.prop_cycle": cycler(color=SERIES),
+            "font.family": "DejaVu Sans",
+            "text.color": BLACK,
+            "axes.labelcolor": BLACK,
+            "xtick.color": "#444444",
+            "ytick.color": "#444444",
             "figure.constrained_layout.use": True,
             "font.size": 10,
             "axes.labelsize": 10,

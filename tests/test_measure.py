@@ -1,0 +1,201 @@
+import dataclasses
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch import Tensor, nn
+
+from utilized_rank.config import Measure, StudyError
+from utilized_rank.data import Dataset, Split
+from utilized_rank.evaluation import is_correct
+from utilized_rank.layers import countable
+from utilized_rank.measure import Measurement, measure
+from utilized_rank.models import classifier
+from utilized_rank.projection import bases, projected, replaced
+
+MEASURE = Measure(calibration_images=60, epsilons=[0.0, 5.0, 20.0], batch_size=32, memory=64)
+NETWORKS = ["residual", "in_place", "data_dependent", "shared", "vit"]
+
+
+def with_labels_of(network: nn.Module, images: Tensor) -> Dataset:
+    """The images as calibration and as search split, labelled by the network, every fifth one wrongly.
+
+    The network's classifier is centred on them.
+    """
+    pixels = ((images - images.min()) / (images.max() - images.min()) * 255).byte()
+    mean, std = pixels.float().mean((0, 2, 3)) / 255, pixels.float().std((0, 2, 3)) / 255
+    unlabelled = Split(pixels, torch.zeros(len(images), dtype=torch.int64))
+    dataset = Dataset({"train": unlabelled, "search": unlabelled}, [], mean.tolist(), std.tolist())
+    with torch.no_grad():
+        logits = network(dataset.inputs("search"))
+        classifier(network).bias -= logits.mean(0)  # no class ahead of the others: predictions differ
+    said = (logits - logits.mean(0)).argmax(1)
+    wrong = torch.arange(len(said)) % 5 == 0
+    labels = torch.where(wrong, (said + 1) % logits.shape[1], said)
+    return dataclasses.replace(dataset, splits={"train": unlabelled, "search": Split(pixels, labels)})
+
+
+@pytest.fixture
+def measured(make, images):
+    """A function from a network's name and what to change in MEASURE to the network, its data and result."""
+
+    def measured(name: str, **changes: object) -> tuple[nn.Module, Dataset, Measurement]:
+        network = make(name)
+        dataset = with_labels_of(network, images)
+        return network, dataset, measure(network, dataset, MEASURE.model_copy(update=changes))
+
+    return measured
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("criterion", ["rank", "energy"])
+def test_every_rank_passes_on_the_whole_search_split_and_one_less_fails(measured, name, criterion):
+    network, dataset, result = measured(name, criterion=criterion)
+    inputs, labels = dataset.inputs("search"), dataset.labels("search")
+    original = int(is_correct(network, inputs, labels).sum())
+    assert (result.search_correct, result.search_images) == (original, 70)
+    layers = {layer.name: layer for layer in countable(network).layers}
+
+    def passes(row, k_s: int, k_t: int) -> bool:
+        layer = layers[row.layer]
+        s, t = bases(layer, result.moments[row.layer])
+        with replaced({layer: projected(layer.weight(), s, t, k_s, k_t)}):
+            right = int(is_correct(network, inputs, labels).sum())
+        return 100 * (original - right) / 70 <= row.epsilon + 1e-9
+
+    for row in result.layers.itertuples():
+        width = min(row.m, row.n)
+        assert passes(row, row.k_s, row.k_t)
+        if criterion == "energy":
+            continue
+        for side, k, whole in ((0, row.k_s_alone, row.m), (1, row.k_t_alone, row.n)):
+            below = k - 1 if k <= width else width
+            pair = (below, row.n) if side == 0 else (row.m, below)
+            assert 1 <= k <= width or k == whole
+            assert below == 0 or not passes(row, *pair)
+
+
+def test_utilization_is_the_rank_over_the_width_and_mlu_its_mean(measured):
+    _, _, result = measured("residual")
+    table = result.layers
+    assert len(table) == 4 * 3
+    width = table[["m", "n"]].min(axis=1)
+    assert table.r.tolist() == np.minimum(table[["k_s", "k_t"]].min(axis=1), width).tolist()
+    np.testing.assert_allclose(table.utilization, table.r / width)
+    mlu = result.mean_layer_utilization()
+    assert mlu.keys() == {0.0, 5.0, 20.0}
+    for epsilon, mean in mlu.items():
+        assert mean == pytest.approx(table[table.epsilon == epsilon].utilization.mean())
+    assert 0 < mlu[20.0] < mlu[0.0] <= 1
+
+
+def test_layers_are_described_as_they_are(measured):
+    _, _, result = measured("residual")
+    conv1 = result.layers[result.layers.layer == "conv1"].iloc[0]
+    assert (conv1.m, conv1.n, conv1.groups) == (36, 4, 2)
+
+
+@pytest.mark.parametrize("changes", [{"memory": 1}, {"batch_size": 7}])
+def test_memory_and_batches_change_no_rank(measured, changes):
+    usual, changed = measured("residual")[2], measured("residual", **changes)[2]
+    pd.testing.assert_frame_equal(usual.layers, changed.layers)
+
+
+def test_every_evaluation_is_recorded_once(measured):
+    _, _, result = measured("residual")
+    assert not result.trials.duplicated(["layer", "k_s", "k_t"]).any()
+    tried = set(zip(result.trials.layer, result.trials.k_s, result.trials.k_t, strict=True))
+    for row in result.layers.itertuples():
+        for pair in [(row.k_s_alone, row.n), (row.m, row.k_t_alone), (row.k_s, row.k_t)]:
+            assert pair == (row.m, row.n) or (row.layer, *pair) in tried
+
+
+def test_moments_are_over_the_calibration_images_of_the_training_split(measured):
+    _, _, result = measured("residual", calibration_images=25)
+    assert result.moments["head"].count == 25
+
+
+def test_the_network_is_left_as_it_was(make, images):
+    network = make("residual")
+    dataset = with_labels_of(network, images)
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    measure(network, dataset, MEASURE)
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
+
+class Planted(nn.Module):
+    """An invertible layer that sees k of 12 dimensions, and classes that need all of them."""
+
+    def __init__(self, k: int) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        basis = torch.linalg.qr(torch.randn(12, k, generator=generator)).Q
+        self.register_buffer("onto", basis @ torch.randn(k, 64, generator=generator) / 8)  # (12, 64)
+        self.layer = nn.Linear(12, 12)
+        self.head = nn.Linear(12, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layer(x[:, 0].flatten(1) @ self.onto.T))
+
+
+@pytest.mark.parametrize("criterion", ["rank", "energy"])
+@pytest.mark.parametrize("k", [2, 5])
+def test_a_planted_subspace_is_found_by_the_rank_search(k, criterion, generator):
+    torch.manual_seed(0)
+    network = Planted(k).eval()
+    pixels = torch.randint(0, 256, (2000, 1, 8, 8), generator=generator).byte()
+    unlabelled = Split(pixels, torch.zeros(2000, dtype=torch.int64))
+    dataset = Dataset({"train": unlabelled, "search": unlabelled}, [], [0.5], [0.3])
+    with torch.inference_mode():
+        said = network(dataset.inputs("search")).argmax(1)
+    dataset = dataclasses.replace(dataset, splits={"train": unlabelled, "search": Split(pixels, said)})
+    how = Measure(calibration_images=2000, epsilons=[0.0], criterion=criterion)
+    rows = measure(network, dataset, how).layers.set_index("layer")
+    assert rows.loc["layer", ["k_s", "k_t", "r"]].tolist() == [k, k, k]
+
+
+@pytest.mark.parametrize("criterion", ["rank", "energy"])
+@pytest.mark.parametrize("how", ["no input", "no weight"])
+def test_a_dead_layer_has_rank_zero_and_is_reported(make, images, criterion, how):
+    network = make("residual")
+    if how == "no input":  # the ReLU before conv2 gives nothing
+        nn.init.zeros_(network.conv1.weight)
+        nn.init.constant_(network.conv1.bias, -1.0)
+    else:
+        nn.init.zeros_(network.conv2.weight)
+    parameters = MEASURE.model_copy(update={"criterion": criterion})
+    result = measure(network, with_labels_of(network, images), parameters)
+    dead = result.layers[result.layers.layer == "conv2"]
+    assert len(dead) == 3
+    for column in ("k_s", "k_t", "k_s_alone", "k_t_alone", "r", "utilization"):
+        assert not dead[column].any()
+    assert not (result.trials.layer == "conv2").any()
+
+
+def test_depthwise_convolutions_are_left_out_with_the_reason(images):
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 3, 3, groups=3), nn.Flatten(), nn.Linear(3 * 36, 4)).eval()
+    result = measure(network, with_labels_of(network, images), MEASURE)
+    assert set(result.layers.layer) == {"2"}
+    assert result.left_out == {"0": "depthwise convolution: one channel a group"}
+
+
+def test_an_epsilon_finer_than_one_image_is_refused_before_any_work(make, images):
+    network = make("residual")
+    dataset = with_labels_of(network, images)
+    calls: list[int] = []
+    network.register_forward_hook(lambda *_: calls.append(1))
+    with pytest.raises(StudyError, match="one of the 70 search images"):
+        measure(network, dataset, MEASURE.model_copy(update={"epsilons": [1.0]}))
+    assert not calls
+
+
+@pytest.mark.parametrize("where", ["stem", "conv1", "head"])
+def test_a_layer_with_values_that_are_not_finite_stops_the_measurement(make, images, where):
+    network = make("residual")
+    dataset = with_labels_of(network, images)
+    with torch.no_grad():
+        network.get_submodule(where).weight[0] = float("nan")
+    with pytest.raises(FloatingPointError):
+        measure(network, dataset, MEASURE)
