@@ -14,7 +14,7 @@ from ruamel.yaml import YAML
 from utilized_rank.config import parse_study
 
 ROOT = Path(__file__).parents[1]
-VIT = {"architecture": "vit", "dim": 12, "depth": 1, "heads": 2, "patch_size": 16}
+VGG = {"architecture": "vgg11", "width": 0.0625}
 TUNE = {"epochs": 2, "lr": 1e-3}
 STUDY = {
     "name": "tiny",
@@ -28,12 +28,12 @@ STUDY = {
         "test_fraction": 0.25,
         "limit": 64,
     },
-    "pretrained": {"tiny_simclr": {"method": "simclr", "model": VIT, "epochs": 2, "batch_size": 16}},
+    "pretrained": {"tiny_simclr": {"method": "simclr", "model": VGG, "epochs": 2, "batch_size": 16}},
     "runs": {
-        "tiny_vit": {"label": "ViT", "model": VIT, "train": TUNE, "finetune": TUNE, "pretrained": "none"},
+        "tiny_vgg": {"label": "VGG11", "model": VGG, "train": TUNE, "finetune": TUNE, "pretrained": "none"},
         "tiny_ssl": {
-            "label": "ViT, SSL",
-            "model": VIT,
+            "label": "VGG11, SSL",
+            "model": VGG,
             "pretrained": "tiny_simclr",
             "train": {"method": "linear", **TUNE},
             "finetune": TUNE,
@@ -41,7 +41,9 @@ STUDY = {
     },
     "measure": {"calibration_images": 32, "epsilons": [7.0]},
     "decompose": {"methods": ["projection", "optimal", "svd"], "finetuned": ["optimal"], "sweep_points": 2},
-    "comparisons": {"tiny": {"label": "ViT", "supervised": "tiny_vit", "linear": "tiny_ssl", "finetuned": "tiny_ssl"}},
+    "comparisons": {
+        "tiny": {"label": "VGG11", "supervised": "tiny_vgg", "linear": "tiny_ssl", "finetuned": "tiny_ssl"}
+    },
 }
 
 
@@ -114,7 +116,7 @@ def test_the_index_shows_every_figure_and_links_every_page_and_asks_no_other_hos
 
 
 def test_formulas_are_mathml(project):
-    page = (project / "reports/tiny/notebooks/measure-tiny_vit.html").read_text()
+    page = (project / "reports/tiny/notebooks/measure-tiny_vgg.html").read_text()
     assert page.count("<math") > 10
     assert "$" not in re.sub(r"<style>.*?</style>", "", page, flags=re.DOTALL)
 
@@ -131,27 +133,27 @@ def test_a_second_repro_does_nothing(project):
 
 def test_stages_repeat_to_the_same_bytes(project):
     before = contents(project / "reports"), (project / "dvc.lock").read_text()
-    command(project, "dvc", "repro", "--force", "--single-item", "train@tiny_ssl", "measure@tiny_vit", "report")
+    command(project, "dvc", "repro", "--force", "--single-item", "train@tiny_ssl", "measure@tiny_vgg", "report")
     assert (contents(project / "reports"), (project / "dvc.lock").read_text()) == before
 
 
 def test_a_changed_fine_tuning_rate_concerns_that_fine_tuning_alone(project):
-    write_params(project, with_run("tiny_vit", finetune=STUDY["runs"]["tiny_vit"]["finetune"] | {"lr": 2e-3}))
+    write_params(project, with_run("tiny_vgg", finetune=STUDY["runs"]["tiny_vgg"]["finetune"] | {"lr": 2e-3}))
     try:
         changed = re.findall(r"^(\S+):$", command(project, "dvc", "status"), re.MULTILINE)
-        assert sorted(changed) == ["check", "finetune@tiny_vit", "report"]
+        assert sorted(changed) == ["check", "finetune@tiny_vgg", "report"]
     finally:
         write_params(project, STUDY)
 
 
 def test_a_mistyped_key_stops_the_first_stage_and_loses_nothing(project):
     before = contents(project / "reports")
-    write_params(project, with_run("tiny_vit", trian={}))
+    write_params(project, with_run("tiny_vgg", trian={}))
     try:
         output = command(project, "dvc", "repro", ok=False)
     finally:
         write_params(project, STUDY)
-    assert "unknown key runs.tiny_vit.trian; did you mean 'train'?" in output
+    assert "unknown key runs.tiny_vgg.trian; did you mean 'train'?" in output
     assert "Traceback" not in output
     assert started(output) == ["check"]
     assert contents(project / "reports") == before
@@ -161,13 +163,13 @@ def test_a_mistyped_key_stops_the_first_stage_and_loses_nothing(project):
 
 
 def test_a_failing_cell_says_what_and_keeps_the_notebook(project):
-    weights = project / "data/tiny/train/tiny_vit/network.safetensors"
+    weights = project / "data/tiny/train/tiny_vgg/network.safetensors"
     aside = weights.rename(weights.with_suffix(".aside"))
     try:
-        output = command(project, "utilized-rank", "stage", "measure", "tiny_vit", ok=False)
+        output = command(project, "utilized-rank", "stage", "measure", "tiny_vgg", ok=False)
     finally:
         aside.rename(weights)
-    partial = project / "data/tiny/executed/measure-tiny_vit.partial.ipynb"
+    partial = project / "data/tiny/executed/measure-tiny_vgg.partial.ipynb"
     assert "measure failed: FileNotFoundError" in output
     assert "Traceback" not in output.split("measure failed")[1]
     assert partial.is_file()
@@ -183,7 +185,7 @@ def test_results_of_a_run_that_left_the_study_go(project):
 
 def test_an_unknown_stage_or_run_is_named(project):
     assert "no stage 'trian'" in command(project, "utilized-rank", "stage", "trian", ok=False)
-    assert "tiny_vit" in command(project, "utilized-rank", "stage", "train", "nobody", ok=False)
+    assert "tiny_vgg" in command(project, "utilized-rank", "stage", "train", "nobody", ok=False)
 
 
 def test_saving_a_notebook_with_outputs_changes_no_stage(project):
@@ -198,7 +200,7 @@ def test_saving_a_notebook_with_outputs_changes_no_stage(project):
         path.write_text(bare)
 
 
-@pytest.mark.parametrize("name", ["prepare", "measure-tiny_vit", "ssl_vs_supervised-tiny", "decompose-tiny_ssl"])
+@pytest.mark.parametrize("name", ["prepare", "measure-tiny_vgg", "ssl_vs_supervised-tiny", "decompose-tiny_ssl"])
 def test_an_executed_notebook_runs_again_from_its_own_folder(project, name):
     """nbval, lax: outputs are compared by the test of repeated stages, to the byte."""
     notebook = project / "data/tiny/executed" / f"{name}.ipynb"
