@@ -5,12 +5,17 @@ BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export DVC_NO_ANALYTICS := 1
 
-.PHONY: repro test lint params lock clean
+.PHONY: repro test bench lint params lock clean
 repro: .venv/ready
 	$(BIN)/dvc repro
 
 test: .venv/ready
 	$(BIN)/pytest --cov
+
+# Measure what the package costs (about 40 minutes on two cores); `make bench ONLY="search moments"` for some of it.
+# Threads that wait spin briefly, as in the stages.
+bench: .venv/ready
+	GOMP_SPINCOUNT=3000 $(BIN)/python -m benchmarks $(ONLY)
 
 # Compose params.yaml from conf/, as `dvc exp run` does.
 params: .venv/ready

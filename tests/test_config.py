@@ -29,6 +29,25 @@ def test_valid_parameters_give_a_study_with_its_defaults(parameters):
     assert study.runs["vgg11"].train.epochs == 2
     assert study.runs["vgg11"].pretrained == "none"
     assert study.precision == "float32"
+    assert (study.measure.criterion, study.measure.precision, study.measure.rows) == ("rank", "auto", 64)
+    assert study.decompose.objective == "parameters"
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("precision", "auto"),
+        ("measure.criterion", "utilized"),
+        ("measure.precision", "bfloat16"),
+        ("measure.rows", None),
+        ("decompose.objective", "latency"),
+    ],
+)
+def test_what_may_be_chosen(parameters, path, value):
+    section = parse_study(changed(parameters, path, value))
+    for name in path.split("."):
+        section = getattr(section, name)
+    assert section == value
 
 
 def test_a_study_cannot_be_changed(parameters):
@@ -85,7 +104,12 @@ def test_a_run_may_bear_the_name_of_a_section(parameters):
         ("measure.epsilons", []),
         ("measure.epsilons", [-1.0]),
         ("measure.epsilons", [101.0]),
+        ("measure.criterion", "both"),
+        ("measure.precision", "float16"),
+        ("measure.rows", 0),
         ("decompose.methods", ["optimum"]),
+        ("decompose.objective", "size"),
+        ("decompose.latency_images", 0),
         ("name", "a.b"),
     ],
 )

@@ -115,6 +115,45 @@ def test_factorizing_one_layer_changes_the_cost_by_the_difference(make, name):
     assert flops(network, 3, 8, 8) - flops(smaller, 3, 8, 8) == 2 * saved * positions
 
 
+def test_flops_of_a_part_are_those_of_its_products():
+    inputs = torch.zeros(7, 4)
+    two = nn.Linear(4, 3, bias=False), nn.Linear(4, 5)
+    assert cost.flops_of(lambda x, y: two[0](x) + two[1](y).sum(), inputs, inputs[:2]) == (
+        linear(4, 3, 7) + linear(4, 5, 2)
+    )
+    assert cost.flops_of(torch.relu, inputs) == 0
+
+
+def test_flops_are_counted_in_inference_mode_too(make, images):
+    network = make("vit")
+    expected = cost.flops_of(network, images[:2])
+    assert expected == 2 * cost.flops(network, images[:1])
+    with torch.inference_mode():
+        assert cost.flops_of(network, images[:2]) == expected
+
+
+def test_latency_is_one_positive_time_a_module_and_leaves_them_as_they_are():
+    calls = {"a": 0, "b": 0, "c": 0}
+
+    class Counted(nn.Module):
+        def __init__(self, name: str) -> None:
+            super().__init__()
+            self.name = name
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            assert torch.is_inference_mode_enabled()
+            assert torch.equal(x, inputs)
+            calls[self.name] += 1
+            return x + 1
+
+    inputs = torch.zeros(3, 2)
+    times = cost.latencies([Counted(name) for name in calls], inputs, seconds=0)
+    assert len(times) == 3
+    assert all(isinstance(time, float) and time > 0 for time in times)
+    assert len(set(calls.values())) == 1  # they take turns
+    assert calls["a"] >= 4
+
+
 def test_parameters_are_all_of_them_without_buffers_and_each_once():
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(5, 6, bias=False))
     assert cost.parameters(network) == (3 * 9 * 4 + 4) + 2 * 4 + 30

@@ -6,7 +6,7 @@ from torch import nn
 
 from utilized_rank import cost, decompose
 from utilized_rank.decompose import Decomposition
-from utilized_rank.evaluation import is_correct
+from utilized_rank.evaluation import features, is_correct
 from utilized_rank.layers import Layer, countable
 from utilized_rank.lowrank import METHODS, Target, saves
 from utilized_rank.moments import Moments, input_moments
@@ -64,6 +64,76 @@ def test_a_layer_is_in_two_exactly_where_that_saves_weights(decomposition, name,
         else:
             assert torch.equal(now.weight, layer.module.weight)
     assert cost.parameters(whole.network) - cost.parameters(built.network) == saved > 0
+
+
+@pytest.fixture
+def timed(make, images, monkeypatch):
+    """The decomposition of a network by what is faster, and what was timed; layers of some shapes are slow in two."""
+
+    def of(name: str, slow: set[tuple[int, ...]]) -> tuple[Decomposition, list]:
+        calls = []
+
+        def latencies(modules: list[nn.Module], inputs: torch.Tensor) -> list[float]:
+            dense, two = modules
+            assert isinstance(two, nn.Sequential)
+            assert not two.training
+            calls.append((dense, inputs))
+            return [1.0, 2.0 if tuple(dense.weight.shape) in slow else 0.5]
+
+        monkeypatch.setattr(decompose.cost, "latencies", latencies)
+        network = make(name)
+        moments = input_moments(network, countable(network).layers, [images])
+        return Decomposition(network, ranks(network), moments, images[:5]), calls
+
+    return of
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_with_images_a_layer_is_in_two_only_where_that_is_faster(timed, decomposition, method):
+    saving = decomposition("residual").build(method, 1.0).ranks
+    slow = {tuple(timed("residual", set())[0].network.conv2.weight.shape)}
+    whole, calls = timed("residual", slow)
+    built = whole.build(method, 1.0)
+    assert built.ranks == {name: form for name, form in saving.items() if name != "conv2"}
+    assert "conv2" in saving
+    assert torch.equal(built.network.conv2.weight, whole.network.conv2.weight)
+    for name in built.ranks:
+        assert isinstance(built.network.get_submodule(name), nn.Sequential)
+    assert [dense for dense, _ in calls] == [whole.network.get_submodule(name) for name in saving]
+
+
+def test_latency_is_that_of_what_flows_into_the_layer(timed, images):
+    whole, calls = timed("residual", set())
+    whole.build("projection", 1.0)
+    for dense, inputs in calls:
+        name = next(n for n, module in whole.network.named_modules() if module is dense)
+        torch.testing.assert_close(inputs, features(whole.network, dense, images[:5]), rtol=0, atol=1e-6)
+        assert name in whole.layers
+    assert len(calls) > 1
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_where_nothing_is_faster_the_network_is_the_original(timed, images, method):
+    network = timed("residual", set())[0].network
+    slow = {tuple(layer.module.weight.shape) for layer in countable(network).layers}
+    whole, _ = timed("residual", slow)
+    built = whole.build(method, 1.0)
+    assert built.ranks == {}
+    assert torch.equal(logits(built.network, images), logits(whole.network, images))
+
+
+def test_as_many_dimensions_of_the_inputs_are_held_as_the_largest_rank_needs(decomposition, make, images):
+    """The whole input is projected on nothing; where no other rank was found, one dimension is held."""
+    held = {name: s.vectors.shape[-1] for name, (s, _) in decomposition("residual").bases.items()}
+    assert held == {"stem": 3, "conv1": 2, "conv2": 3, "head": 2}
+    network = make("residual")
+    moments = input_moments(network, countable(network).layers, [images])
+    found = ranks(network)
+    more = Decomposition(network, pd.concat([found, found.assign(k_s=4, epsilon=5.0)]), moments)
+    assert [s.vectors.shape[-1] for s, _ in more.bases.values()] == [4, 4, 4, 4]
+    whole = Decomposition(network, found[found.epsilon == 0.0], moments)
+    assert [s.vectors.shape[-1] for s, _ in whole.bases.values()] == [1, 1, 1, 1]
+    assert all(torch.equal(w, layer.weight().double()) for layer, w in whole.projected_weights(0.0).items())
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -26,6 +26,29 @@ def test_features_are_what_flows_into_the_classifier(make, images):
     torch.testing.assert_close(network.head(flowing), network(images), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("name", "module", "shape"),
+    [
+        ("residual", "stem", (3, 8, 8)),
+        ("residual", "conv2", (8, 8, 8)),
+        ("vit", "blocks.1.mlp.fc2", (5, 96)),
+        ("resnet20", "layer2.0", (4, 8, 8)),
+    ],
+)
+def test_features_are_what_flows_into_any_module(make, images, name, module, shape):
+    network = make(name)
+    part = network.get_submodule(module)
+    seen = []
+    handle = part.register_forward_hook(lambda _, args, output: seen.append(output.detach()))
+    with torch.inference_mode():
+        network(images)
+    handle.remove()
+    flowing = features(network, part, images)
+    assert flowing.shape == (70, *shape)
+    with torch.inference_mode():
+        torch.testing.assert_close(part(flowing), seen[0], rtol=0, atol=1e-5)
+
+
 def test_features_leave_no_hook_behind_even_when_the_network_raises(make, images):
     network = make("residual")
     features(network, network.head, images)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from utilized_rank import moments
 from utilized_rank.config import Measure, StudyError
 from utilized_rank.data import Dataset, Split
 from utilized_rank.evaluation import is_correct
@@ -13,8 +14,11 @@ from utilized_rank.layers import countable
 from utilized_rank.measure import Measurement, measure
 from utilized_rank.models import classifier
 from utilized_rank.projection import bases, projected, replaced
+from utilized_rank.runtime import autocast
 
-MEASURE = Measure(calibration_images=60, epsilons=[0.0, 5.0, 20.0], batch_size=32, memory=64)
+MEASURE = Measure(
+    calibration_images=60, epsilons=[0.0, 5.0, 20.0], batch_size=32, memory=64, precision="float32", rows=None
+)
 NETWORKS = ["residual", "in_place", "data_dependent", "shared", "vit"]
 
 
@@ -49,7 +53,7 @@ def measured(make, images):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-@pytest.mark.parametrize("criterion", ["rank", "energy"])
+@pytest.mark.parametrize("criterion", ["rank", "utilized", "energy"])
 def test_every_rank_passes_on_the_whole_search_split_and_one_less_fails(measured, name, criterion):
     network, dataset, result = measured(name, criterion=criterion)
     inputs, labels = dataset.inputs("search"), dataset.labels("search")
@@ -70,6 +74,12 @@ def test_every_rank_passes_on_the_whole_search_split_and_one_less_fails(measured
         if criterion == "energy":
             continue
         for side, k, whole in ((0, row.k_s_alone, row.m), (1, row.k_t_alone, row.n)):
+            if pd.isna(k):  # not asked: this side needs as much as the other at least
+                assert criterion == "utilized"
+                pair = (row.r - 1, row.n) if side == 0 else (row.m, row.r - 1)
+                assert row.r == 1 or not passes(row, *pair)
+                continue
+            k = int(k)
             below = k - 1 if k <= width else width
             pair = (below, row.n) if side == 0 else (row.m, below)
             assert 1 <= k <= width or k == whole
@@ -102,18 +112,67 @@ def test_memory_and_batches_change_no_rank(measured, changes):
     pd.testing.assert_frame_equal(usual.layers, changed.layers)
 
 
-def test_every_evaluation_is_recorded_once(measured):
+def test_every_rank_is_certified_by_an_evaluation_that_is_recorded(measured):
+    """Or by what a guess, or a smaller tolerance, has looked at where that is enough."""
     _, _, result = measured("residual")
-    assert not result.trials.duplicated(["layer", "k_s", "k_t"]).any()
-    tried = set(zip(result.trials.layer, result.trials.k_s, result.trials.k_t, strict=True))
+    asked = result.evaluations
+    tried = set(zip(asked.layer, asked.k_s, asked.k_t, strict=True))
     for row in result.layers.itertuples():
         for pair in [(row.k_s_alone, row.n), (row.m, row.k_t_alone), (row.k_s, row.k_t)]:
             assert pair == (row.m, row.n) or (row.layer, *pair) in tried
+    assert set(asked.certified) == {True, False}
+
+
+@pytest.mark.parametrize("criterion", ["rank", "utilized", "energy"])
+def test_no_image_is_looked_at_twice_for_the_same_ranks(measured, criterion):
+    _, _, result = measured("residual", criterion=criterion)
+    assert set(result.evaluations.epsilon) <= {0.0, 5.0, 20.0}
+    seen = result.evaluations.groupby(["layer", "k_s", "k_t"]).images.sum()
+    assert 0 < seen.min() <= seen.max() <= 70
+
+
+@pytest.mark.parametrize("name", ["residual", "vit", "shared"])
+def test_the_utilized_rank_alone_takes_fewer_images(measured, name):
+    both, alone = measured(name)[2], measured(name, criterion="utilized")[2]
+    assert alone.evaluations.images.sum() < both.evaluations.images.sum()
+    for row in alone.layers.itertuples():
+        assert (row.k_s == row.m) or (row.k_t == row.n)
+        assert row.r == min(k for k in (row.k_s_alone, row.k_t_alone) if not pd.isna(k))
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_the_search_is_in_the_precision_that_was_asked_for(measured, precision):
+    """The unaltered network is counted in it too."""
+    network, dataset, result = measured("residual", precision=precision)
+    assert result.precision == precision
+    with autocast(precision):
+        right = is_correct(network, dataset.inputs("search"), dataset.labels("search"))
+    assert result.search_correct == int(right.sum())
+    types = set()
+    network.conv2.register_forward_hook(lambda _, __, output: types.add(output.dtype))
+    measure(network, dataset, MEASURE.model_copy(update={"precision": precision}))
+    assert getattr(torch, precision) in types
+
+
+@pytest.mark.parametrize(("able", "precision"), [(True, "bfloat16"), (False, "float32")])
+def test_the_measurement_names_the_precision_that_auto_stands_for(measured, monkeypatch, able, precision):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": able})
+    assert measured("residual", precision="auto")[2].precision == precision
 
 
 def test_moments_are_over_the_calibration_images_of_the_training_split(measured):
     _, _, result = measured("residual", calibration_images=25)
     assert result.moments["head"].count == 25
+
+
+def test_moments_are_over_as_many_rows_as_the_budget_has(measured, monkeypatch):
+    """Of 60 images with 64 patches of width 27 or 36 each; the head receives one row an image."""
+    monkeypatch.setattr(moments, "FEWEST", 3)
+    _, _, result = measured("residual", rows=5)
+    assert result.moments["stem"].count == 3 * 64  # 135 rows are fewer than three images have
+    assert result.moments["conv1"].count == 3 * 64
+    assert result.moments["conv2"].count == 5 * 64  # 5.6 images hold 360 rows
+    assert result.moments["head"].count == 40
 
 
 def test_the_network_is_left_as_it_was(make, images):
@@ -139,7 +198,7 @@ class Planted(nn.Module):
         return self.head(self.layer(x[:, 0].flatten(1) @ self.onto.T))
 
 
-@pytest.mark.parametrize("criterion", ["rank", "energy"])
+@pytest.mark.parametrize("criterion", ["rank", "utilized", "energy"])
 @pytest.mark.parametrize("k", [2, 5])
 def test_a_planted_subspace_is_found_by_the_rank_search(k, criterion, generator):
     torch.manual_seed(0)
@@ -150,12 +209,15 @@ def test_a_planted_subspace_is_found_by_the_rank_search(k, criterion, generator)
     with torch.inference_mode():
         said = network(dataset.inputs("search")).argmax(1)
     dataset = dataclasses.replace(dataset, splits={"train": unlabelled, "search": Split(pixels, said)})
-    how = Measure(calibration_images=2000, epsilons=[0.0], criterion=criterion)
+    how = Measure(calibration_images=2000, epsilons=[0.0], criterion=criterion, precision="float32")
     rows = measure(network, dataset, how).layers.set_index("layer")
-    assert rows.loc["layer", ["k_s", "k_t", "r"]].tolist() == [k, k, k]
+    found = rows.loc["layer"]
+    assert found.r == k
+    assert found.k_t == k
+    assert found.k_s == (12 if criterion == "utilized" else k)
 
 
-@pytest.mark.parametrize("criterion", ["rank", "energy"])
+@pytest.mark.parametrize("criterion", ["rank", "utilized", "energy"])
 @pytest.mark.parametrize("how", ["no input", "no weight"])
 def test_a_dead_layer_has_rank_zero_and_is_reported(make, images, criterion, how):
     network = make("residual")
@@ -170,7 +232,7 @@ def test_a_dead_layer_has_rank_zero_and_is_reported(make, images, criterion, how
     assert len(dead) == 3
     for column in ("k_s", "k_t", "k_s_alone", "k_t_alone", "r", "utilization"):
         assert not dead[column].any()
-    assert not (result.trials.layer == "conv2").any()
+    assert not (result.evaluations.layer == "conv2").any()
 
 
 def test_depthwise_convolutions_are_left_out_with_the_reason(images):

@@ -1,12 +1,14 @@
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from utilized_rank import moments as of_moments
 from utilized_rank.layers import Layer, countable
-from utilized_rank.moments import Moments, from_tensors, input_moments, to_tensors
+from utilized_rank.moments import FEWEST, Budget, Moments, from_tensors, input_moments, to_tensors
 from utilized_rank.subspaces import energy_rank, output_moment, principal
 
 
@@ -89,7 +91,7 @@ def test_a_planted_subspace_of_patches_is_found_exactly(generator):
         hidden = torch.randn(128, 4, 16, 16, generator=generator) + mean
         images = torch.einsum("ck,nkhw->nchw", basis, hidden)
         moments = input_moments(conv, [Layer("conv", conv)], [images])["conv"]
-        assert energy_rank(principal(moments.second).values, 1 - 1e-7) == 36
+        assert energy_rank(principal(moments.second).values, 1 - 1e-6) == 36
 
 
 def test_the_calls_of_a_shared_module_add_up(make, images):
@@ -143,6 +145,104 @@ def test_no_hook_is_left_behind_when_the_network_raises(make, images):
     with pytest.raises(RuntimeError):
         of(network, images[:, :1])
     assert not any(module._forward_pre_hooks for module in network.modules())
+
+
+def taken(count: int, budget: Budget, batch: int, width: int = 4) -> list[int]:
+    """Which of ``count`` images a linear layer takes in, one row an image, all rows told apart."""
+    images = torch.zeros(count, width)
+    images[:, 0] = 1
+    seen = []
+    for one in range(count):
+        images[one, 0] = 2
+        moments = input_moments(layer := nn.Linear(width, 2), [Layer("", layer)], images.split(batch), budget)[""]
+        seen += [one] * int(moments.total[0, 0] - moments.count)
+        images[one, 0] = 1
+    return seen
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """A budget may go down to 3 images."""
+    monkeypatch.setattr(of_moments, "FEWEST", 3)
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [(1, 4), (2, 8), (5, 20), (100, 40)],
+)
+def test_a_budget_of_rows_is_a_multiple_of_the_width(few, rows, expected):
+    assert len(taken(40, Budget(rows, 40), batch=40)) == expected
+
+
+@pytest.mark.parametrize(("count", "rows"), [(40, 1), (41, 2), (17, 3), (30, 7), (9, 1)])
+def test_a_budget_takes_images_that_are_evenly_spread_whatever_the_batches(few, count, rows):
+    which = taken(count, Budget(rows, count), batch=count)
+    gaps = {b - a for a, b in pairwise(which)}
+    assert max(gaps) - min(gaps) <= 1
+    assert which[0] <= max(gaps)
+    assert count - which[-1] <= max(gaps)
+    for batch in (1, 7):
+        assert taken(count, Budget(rows, count), batch) == which
+
+
+def test_a_budget_counts_patches_of_a_convolution_and_tokens_of_a_linear_layer(few, generator):
+    conv, fc = nn.Conv2d(2, 3, 2), nn.Linear(9, 2)
+    network = nn.Sequential(conv, nn.Flatten(2), fc)  # 9 patches of width 8; 3 tokens of width 9
+    images = torch.randn(60, 2, 4, 4, generator=generator)
+    layers = [Layer("conv", conv), Layer("fc", fc)]
+    moments = input_moments(network, layers, images.split(7), Budget(9, 60))
+    assert moments["conv"].count == 8 * 9  # 8 images give the 72 rows
+    assert moments["fc"].count == 27 * 3  # 27 images give the 81 rows
+
+
+@pytest.mark.parametrize("name", ["residual", "resnet20", "vit", "shared"])
+def test_a_budget_of_more_than_comes_changes_nothing(make, images, name):
+    network = make(name)
+    layers = countable(network).layers
+    whole = input_moments(network, layers, images.split(32))
+    budgeted = input_moments(network, layers, images.split(32), Budget(10**6, len(images)))
+    for layer, moments in whole.items():
+        assert budgeted[layer].count == moments.count
+        assert torch.equal(budgeted[layer].products, moments.products)
+        assert torch.equal(budgeted[layer].total, moments.total)
+
+
+@pytest.mark.parametrize("images", [100, 256, 282, 300, 1000, 2964])
+def test_no_budget_goes_below_the_fewest_images(images, generator):
+    rows = torch.randn(images, 2, generator=generator)
+    layer = nn.Linear(2, 2)
+    moments = input_moments(layer, [Layer("", layer)], rows.split(64), Budget(1, images))[""]
+    assert moments.count == min(images, FEWEST)
+
+
+def test_a_budget_takes_the_moments_of_the_images_that_it_takes(few, generator):
+    network = nn.Conv2d(2, 3, 3, padding=1)
+    images = torch.randn(20, 2, 6, 6, generator=generator)
+    layer = Layer("conv", network)
+    budgeted = input_moments(network, [layer], images.split(6), Budget(10, 20))["conv"]  # 180 rows: 5 of 20 images
+    some = input_moments(network, [layer], [images[3::4]])["conv"]
+    assert budgeted.count == some.count == 180
+    torch.testing.assert_close(budgeted.products, some.products, rtol=1e-6, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [{}, {"stride": 3}, {"groups": 2}], ids=["overlapping", "patchify", "grouped"])
+def test_a_batch_of_which_the_budget_takes_no_image_adds_nothing(few, kind, generator):
+    network = nn.Conv2d(2, 4, 3, **kind)
+    images = torch.randn(20, 2, 9, 9, generator=generator)
+    layer, budget = Layer("conv", network), Budget(1, 20)
+    whole = input_moments(network, [layer], [images], budget)["conv"]
+    single = input_moments(network, [layer], images.split(1), budget)["conv"]
+    assert whole.count == single.count < 20 * layer.row_count(images[:1])
+    torch.testing.assert_close(single.products, whole.products, rtol=1e-6, atol=1e-4)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_with_a_budget_too_values_that_are_not_finite_name_the_layer(make, images, few, value):
+    network = make("residual")
+    with torch.no_grad():
+        network.conv1.weight[0, 0, 0, 0] = value
+    with pytest.raises(FloatingPointError, match=r"layer conv2 received values that are not finite"):
+        input_moments(network, countable(network).layers, images.split(20), Budget(1, len(images)))
 
 
 def test_moments_survive_the_disk_form(make, images):

@@ -29,6 +29,19 @@ def subspaces(rows, weight) -> tuple[Subspace, Subspace]:
     return principal(moments.second), principal(output_moment(moments.second, weight))
 
 
+@pytest.mark.parametrize("dimensions", [1, 3, M])
+def test_bases_of_so_many_dimensions_are_the_first_of_all_inputs_and_all_outputs(rows, generator, dimensions):
+    layer = Layer("conv", nn.Conv2d(GROUPS * M, GROUPS * N, 1, groups=GROUPS))
+    moments = Moments.zeros(GROUPS, M)
+    moments.add(rows)
+    (s, t), (all_s, all_t) = bases(layer, moments, dimensions), bases(layer, moments)
+    assert s.vectors.shape == (GROUPS, M, dimensions)
+    assert torch.equal(s.vectors, all_s.top(dimensions))
+    assert torch.equal(s.values, all_s.values[:, :dimensions])
+    assert torch.equal(t.vectors, all_t.vectors)
+    assert t.vectors.shape == (GROUPS, N, N)
+
+
 def energy(rows: torch.Tensor) -> torch.Tensor:
     """E||row||^2 of each group, (g,)."""
     return rows.square().sum(-1).mean(-1)

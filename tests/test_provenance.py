@@ -3,6 +3,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from utilized_rank.config import parse_study
 from utilized_rank.provenance import file_hash, parameter_hash, processor, provenance, tree_hash
@@ -80,6 +81,18 @@ def test_a_change_of_parameters_shows(record, parameters):
     before = record()
     parameters["seed"] = 7
     assert [key for key, value in record().items() if value != before[key]] == ["parameters", "seed"]
+
+
+@pytest.mark.parametrize(("able", "auto"), [(True, "bfloat16"), (False, "float32")])
+def test_the_record_names_the_precision_of_each_part_as_it_is_on_this_processor(
+    record, parameters, monkeypatch, able, auto
+):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": able})
+    parameters["precision"], parameters["measure"]["precision"] = "float32", "auto"
+    expected = {"training": "float32", "evaluation": "float32", "sums of second moments": "float64"}
+    assert record()["precision"] == {**expected, "rank search": auto}
+    parameters["precision"], parameters["measure"]["precision"] = "auto", "bfloat16"
+    assert record()["precision"] == {**expected, "training": auto, "rank search": "bfloat16"}
 
 
 def test_data_may_be_a_link_to_a_cache_elsewhere(project, record, tmp_path_factory):

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from utilized_rank.rank_search import Passes, Ranks, energy_path, search, search_energy, smallest
+from utilized_rank.rank_search import Passes, Ranks, energy_path, search, search_energy, search_utilized, smallest
 from utilized_rank.subspaces import energy_rank
 
 WIDTHS = st.tuples(st.integers(1, 12), st.integers(1, 12))
@@ -82,36 +82,143 @@ def test_on_any_verdicts_the_search_finds_certified_boundaries(case):
 
 
 @st.composite
-def with_cheaper(draw, cases) -> tuple[int, int, Passes, Passes]:
-    """A cheaper verdict beside the verdict: passes wherever that does, and at some pairs more."""
+def with_guesses(draw, cases) -> tuple[int, int, Passes, Passes]:
+    """A guess beside the verdict, wrong at some pairs: it may pass what fails, and fail what passes."""
     m, n, passes = draw(cases)
-    more = draw(st.sets(st.tuples(st.integers(1, m), st.integers(1, n))))
-    return m, n, passes, lambda *pair: pair in more or passes(*pair)
+    wrong = draw(st.sets(st.tuples(st.integers(1, m), st.integers(1, n))))
+    if draw(st.booleans()):
+        wrong = {(a, b) for a in range(1, m + 1) for b in range(1, n + 1)} - wrong
+    return m, n, passes, lambda *pair: passes(*pair) != (pair in wrong)
 
 
-@given(with_cheaper(arbitrary()))
-def test_with_a_cheaper_verdict_the_boundaries_are_certified_all_the_same(case):
-    m, n, passes, may_pass = case
-    assert_certified(passes, m, n, search(passes, m, n, may_pass))
+@given(with_guesses(arbitrary()))
+def test_with_guesses_the_boundaries_are_certified_all_the_same(case):
+    m, n, passes, likely = case
+    assert_certified(passes, m, n, search(passes, m, n, likely))
 
 
-@given(with_cheaper(monotone()))
-def test_with_a_cheaper_verdict_the_smallest_ranks_are_the_same_where_passing_is_monotone(case):
-    m, n, passes, may_pass = case
-    assert search(passes, m, n, may_pass) == search(passes, m, n)
+@given(with_guesses(monotone()))
+def test_with_guesses_the_smallest_ranks_are_the_same_where_passing_is_monotone(case):
+    m, n, passes, likely = case
+    assert search(passes, m, n, likely) == search(passes, m, n)
+
+
+VERDICTS = st.lists(st.booleans(), max_size=40)
+
+
+@given(st.data(), VERDICTS, st.integers(-3, 3))
+def test_a_guess_that_errs_both_ways_leads_to_a_boundary_whose_two_sides_were_asked(data, verdicts, low):
+    """Any verdicts and any guesses, and no verdict is asked twice, nor that of an end."""
+    high = low + len(verdicts) + 1
+    guesses = data.draw(st.lists(st.booleans(), min_size=len(verdicts), max_size=len(verdicts)))
+    asked: dict[int, bool] = {}
+
+    def passes(k: int) -> bool:
+        assert k not in asked
+        asked[k] = verdicts[k - low - 1]
+        return asked[k]
+
+    k = smallest(passes, low, high, lambda k: guesses[k - low - 1])
+    assert low < k <= high
+    assert k == high or asked[k]
+    assert k - 1 == low or not asked[k - 1]
+    assert all(low < k < high for k in asked)
+
+
+@given(VERDICTS, st.randoms(use_true_random=False))
+def test_guesses_that_change_from_one_time_to_the_next_end_the_search_all_the_same(verdicts, random):
+    high = len(verdicts) + 1
+    k = smallest(lambda k: verdicts[k - 1], 0, high, lambda _: random.random() < 0.5)
+    assert k == high or verdicts[k - 1]
+    assert k == 1 or not verdicts[k - 2]
 
 
 @given(st.integers(1, 200), st.data())
-def test_a_cheaper_verdict_that_is_right_saves_all_but_one_full_verdict(high, data):
+def test_where_verdicts_are_monotone_no_guess_changes_the_answer(high, data):
     first = data.draw(st.integers(1, high))
-    tried: list[int] = []
+    guesses = data.draw(st.lists(st.booleans(), min_size=high, max_size=high))
+    assert smallest(lambda k: k >= first, 0, high, lambda k: guesses[k]) == first
+
+
+@given(st.integers(1, 200), st.data())
+def test_a_right_guess_saves_all_verdicts_but_those_on_the_boundary(high, data):
+    """What fails is asked first; the ends are known."""
+    first = data.draw(st.integers(1, high))
+    asked: list[int] = []
 
     def passes(k: int) -> bool:
-        tried.append(k)
+        asked.append(k)
         return k >= first
 
     assert smallest(passes, 0, high, lambda k: k >= first) == first
-    assert tried == ([first] if first < high else [])
+    assert asked == [k for k in (first - 1, first) if 0 < k < high]
+
+
+@given(with_guesses(arbitrary()))
+def test_the_utilized_search_finds_a_certified_boundary_with_one_side_whole(case):
+    m, n, passes, likely = case
+    for guess in (None, likely):
+        found = search_utilized(passes, m, n, guess)
+        assert passes(found.k_s, found.k_t)
+        assert found.k_s == m or found.k_t == n
+        assert found.r == min(found.k_s, found.k_t)
+        narrow, wide = (found.k_t_alone, found.k_s_alone) if n <= m else (found.k_s_alone, found.k_t_alone)
+        alone = {"narrow": lambda k: passes(m, k) if n <= m else passes(k, n)}
+        alone["wide"] = lambda k: passes(k, n) if n <= m else passes(m, k)
+        assert alone["narrow"](narrow)
+        assert narrow == 1 or not alone["narrow"](narrow - 1)
+        if wide is None:  # the wider side needs as much at least
+            assert found.r == narrow
+            assert narrow == 1 or not alone["wide"](narrow - 1)
+        else:
+            assert found.r == wide < narrow
+            assert alone["wide"](wide)
+            assert wide == 1 or not alone["wide"](wide - 1)
+
+
+@given(with_guesses(monotone()))
+def test_the_utilized_rank_is_the_smaller_of_the_two_sides_where_passing_is_monotone(case):
+    m, n, passes, likely = case
+    both = search(passes, m, n)
+    expected = min(both.k_s_alone, both.k_t_alone, m, n)
+    for guess in (None, likely):
+        found = search_utilized(passes, m, n, guess)
+        assert found.r == expected
+        assert found.k_s_alone in (None, both.k_s_alone)
+        assert found.k_t_alone in (None, both.k_t_alone)
+
+
+@pytest.mark.parametrize(
+    ("need_s", "need_t", "m", "n", "expected"),
+    [
+        (2, 3, 9, 4, Ranks(2, 4, 2, 3, 2)),
+        (3, 3, 9, 4, Ranks(9, 3, None, 3, 3)),
+        (8, 3, 9, 4, Ranks(9, 3, None, 3, 3)),
+        (9, 4, 9, 4, Ranks(9, 4, None, 4, 4)),
+        (2, 3, 4, 9, Ranks(2, 9, 2, None, 2)),
+        (3, 2, 4, 9, Ranks(4, 2, 3, 2, 2)),
+        (4, 9, 4, 9, Ranks(4, 9, 4, None, 4)),
+        (1, 1, 5, 5, Ranks(5, 1, None, 1, 1)),
+    ],
+)
+def test_the_utilized_search_by_hand(need_s, need_t, m, n, expected):
+    assert search_utilized(lambda k_s, k_t: k_s >= need_s and k_t >= need_t, m, n) == expected
+
+
+@given(st.data())
+def test_the_utilized_search_asks_of_the_wider_side_only_below_the_rank_of_the_other(data):
+    m, n = data.draw(WIDTHS)
+    need_s, need_t = data.draw(st.integers(1, m)), data.draw(st.integers(1, n))
+    asked: list[tuple[int, int]] = []
+
+    def passes(k_s: int, k_t: int) -> bool:
+        asked.append((k_s, k_t))
+        return k_s >= need_s and k_t >= need_t
+
+    found = search_utilized(passes, m, n)
+    assert all((a == m) != (b == n) for a, b in asked)  # one side is projected
+    narrow = found.k_t_alone if n <= m else found.k_s_alone
+    assert all((a if n <= m else b) < narrow for a, b in asked if (b == n if n <= m else a == m))
 
 
 @given(arbitrary())
@@ -202,10 +309,13 @@ def test_on_any_verdicts_the_energy_search_finds_a_certified_boundary_of_the_pat
     path = [(or_whole(a, width, m), or_whole(b, width, n)) for a, b in exact_path(of_s, of_t)] + [(m, n)]
     path = list(dict.fromkeys(path))
     passing = data.draw(st.sets(st.sampled_from(path))) | {(m, n)}
-    found = search_energy(lambda *pair: pair in passing, m, n, tensor(of_s), tensor(of_t))
-    at = path.index((found.k_s, found.k_t))
-    assert path[at] in passing
-    assert at == 0 or path[at - 1] not in passing
+    wrong = data.draw(st.sets(st.sampled_from(path)))
+    passes = lambda *pair: pair in passing  # noqa: E731
+    for likely in (None, lambda *pair: passes(*pair) != (pair in wrong)):
+        found = search_energy(passes, m, n, tensor(of_s), tensor(of_t), likely)
+        at = path.index((found.k_s, found.k_t))
+        assert path[at] in passing
+        assert at == 0 or path[at - 1] not in passing
 
 
 @pytest.mark.parametrize(("m", "n"), [(1, 1), (1, 5), (5, 1)])
@@ -215,21 +325,17 @@ def test_a_layer_of_width_one_needs_one_dimension_where_all_passes(m, n):
 
 
 @given(st.data())
-def test_a_cheaper_verdict_changes_the_cost_and_not_the_answer(data):
-    """A no of the cheap verdict is final: the boundary stays certified, and needs no more full verdicts."""
+def test_right_guesses_change_the_cost_and_not_the_answer(data):
+    """Two verdicts a side, and one on both."""
     m, n = data.draw(st.integers(2, 40)), data.draw(st.integers(2, 40))
     first_s, first_t = data.draw(st.integers(1, min(m, n))), data.draw(st.integers(1, min(m, n)))
-    slack = data.draw(st.integers(0, 3))
-    full: list[tuple[int, int]] = []
+    asked: list[tuple[int, int]] = []
 
     def passes(k_s: int, k_t: int) -> bool:
-        full.append((k_s, k_t))
+        asked.append((k_s, k_t))
         return k_s >= first_s and k_t >= first_t
 
-    plain, plain_cost = search(passes, m, n), len(full)
-    full.clear()
-    found = search(passes, m, n, lambda k_s, k_t: k_s >= first_s - slack and k_t >= first_t - slack)
-    assert found == plain
-    if slack == 0:
-        assert len(full) <= 3
-        assert len(full) <= plain_cost
+    plain = search(passes, m, n)
+    asked.clear()
+    assert search(passes, m, n, lambda k_s, k_t: k_s >= first_s and k_t >= first_t) == plain
+    assert len(asked) <= 5

@@ -7,9 +7,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from utilized_rank import subspaces
 from utilized_rank.subspaces import (
     effective_rank,
     energy_rank,
+    leading,
     numerical_rank,
     output_moment,
     principal,
@@ -78,6 +80,96 @@ def test_a_moment_that_is_not_quite_symmetric_is_symmetrised():
 
 def test_rounding_below_zero_is_no_eigenvalue():
     assert float(principal(moment(8, 2)).values.min()) >= 0
+
+
+def with_spectrum(values: torch.Tensor, seed: int = 0) -> torch.Tensor:
+    """A symmetric matrix with these eigenvalues, in random directions."""
+    generator = torch.Generator().manual_seed(seed)
+    q = torch.linalg.qr(torch.randn(len(values), len(values), dtype=torch.float64, generator=generator)).Q
+    return q * values @ q.T
+
+
+def powers(order: int, exponent: float) -> torch.Tensor:
+    return torch.arange(1, order + 1, dtype=torch.float64) ** -exponent
+
+
+def sine(found: torch.Tensor, exact: torch.Tensor) -> float:
+    """Of the largest angle between two subspaces of one dimension, given by orthonormal columns (m, k)."""
+    return float(torch.linalg.matrix_norm(found - exact @ (exact.T @ found), 2))
+
+
+def assert_leading(matrix: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """k pairs with the values of a full decomposition, orthonormal and each an eigenpair; they are returned."""
+    values, vectors = leading(matrix, k)
+    assert values.shape == (k,)
+    assert vectors.shape == (len(matrix), k)
+    scale = float(torch.linalg.matrix_norm(matrix, 2))
+    expected = torch.linalg.eigvalsh(matrix).flip(0)[:k]
+    torch.testing.assert_close(values, expected, rtol=0, atol=1e-10 * scale)
+    torch.testing.assert_close(vectors.T @ vectors, torch.eye(k).double(), rtol=0, atol=1e-10)
+    torch.testing.assert_close(matrix @ vectors, vectors * values, rtol=0, atol=1e-6 * scale)
+    return values, vectors
+
+
+@pytest.mark.parametrize("exponent", [0.5, 1.0, 2.0, 4.0])
+@pytest.mark.parametrize(("order", "k"), [(300, 1), (301, 5), (400, 16), (400, 50)])
+def test_leading_eigenpairs_are_those_of_the_full_decomposition(order, k, exponent):
+    matrix = with_spectrum(powers(order, exponent))
+    _, vectors = assert_leading(matrix, k)
+    exact = torch.linalg.eigh(matrix).eigenvectors.flip(1)[:, :k]
+    assert sine(vectors, exact) < 1e-6
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e12])
+def test_leading_eigenvectors_do_not_depend_on_the_scale(scale):
+    matrix = with_spectrum(powers(300, 2.0))
+    assert sine(leading(scale * matrix, 10)[1], leading(matrix, 10)[1]) < 1e-6
+
+
+@pytest.mark.parametrize("k", [1, 8, 16, 24])
+@pytest.mark.parametrize("rank", [0, 1, 2, 3, 4, 6, 20])
+def test_of_a_matrix_of_low_rank_as_many_pairs_as_asked_are_found(rank, k):
+    """Beyond the rank the values are zero, and the vectors any that are orthonormal."""
+    rows = torch.randn(rank, 300, dtype=torch.float64, generator=torch.Generator().manual_seed(rank))
+    assert_leading(rows.T @ rows, k)
+
+
+@pytest.mark.parametrize(
+    "equal",
+    [slice(0, 3), slice(0, 40), slice(5, 12), slice(0, 300)],
+    ids=["the first", "more than asked", "around the last", "all"],
+)
+@pytest.mark.parametrize("k", [4, 8, 16])
+def test_leading_eigenpairs_are_found_where_eigenvalues_are_equal(equal, k):
+    values = powers(300, 2.0)
+    values[equal] = values[equal][0].clone()
+    assert_leading(with_spectrum(values), k)
+
+
+@pytest.mark.parametrize("groups", [(), (1,), (3,), (2, 2)], ids=str)
+@pytest.mark.parametrize("k", [1, 6])
+def test_few_dimensions_of_a_large_matrix_are_those_of_all_dimensions(groups, k, monkeypatch):
+    """Found by iteration, group by group, and given with the same signs."""
+    seeds = range(math.prod(groups))
+    c = torch.stack([with_spectrum(powers(300, 1.5), seed) for seed in seeds]).view(*groups, 300, 300)
+    exact = principal(c, k)
+    iterated: list[int] = []
+    monkeypatch.setattr(subspaces, "LARGE", 100)
+    monkeypatch.setattr(subspaces, "leading", lambda matrix, k: iterated.append(k) or leading(matrix, k))
+    found = principal(c, k)
+    assert iterated == [k] * len(seeds)
+    torch.testing.assert_close(found.values, exact.values, rtol=1e-10, atol=0)
+    torch.testing.assert_close(found.vectors, exact.vectors, rtol=0, atol=1e-5)
+    torch.testing.assert_close(found.projector(k), exact.projector(k), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("dimensions", [None, 38])
+def test_many_dimensions_are_not_iterated_for(dimensions, monkeypatch):
+    """All of them, or more than one in eight."""
+    monkeypatch.setattr(subspaces, "LARGE", 100)
+    monkeypatch.setattr(subspaces, "leading", None)
+    found = principal(with_spectrum(powers(300, 1.0)), dimensions)
+    assert found.vectors.shape == (300, dimensions or 300)
 
 
 @pytest.mark.parametrize("k", [1, 3, 7])

@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -29,14 +31,21 @@ def assert_logits_are_the_networks(network: nn.Module, suffix: Suffix, layer: La
     for weight in (layer.weight(), random_weight(layer), layer.weight()):
         with torch.inference_mode(), replaced({layer: weight}):
             for index, batch in enumerate(suffix.batches):
-                torch.testing.assert_close(suffix.logits(index), network(batch), rtol=1e-5, atol=1e-5)
+                expected = network(suffix.images[batch])
+                torch.testing.assert_close(suffix.logits(index), expected, rtol=1e-5, atol=1e-5)
+
+
+def suffix_of(network: nn.Module, images: Tensor, size: int, budget: int = PLENTY) -> Suffix:
+    """On batches of ``size`` images, in another order than theirs."""
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    return Suffix(Traced(network), images, order.split(size), budget)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("budget", [0, 40_000, PLENTY])
 def test_from_every_layer_on_the_logits_are_those_of_the_whole_network(make, images, name, budget):
     network = make(name)
-    suffix = Suffix(Traced(network), list(images.split(20)), budget)
+    suffix = suffix_of(network, images, 20, budget)
     for layer in countable(network).layers:
         suffix.move_to(layer.name)
         assert_logits_are_the_networks(network, suffix, layer)
@@ -45,7 +54,7 @@ def test_from_every_layer_on_the_logits_are_those_of_the_whole_network(make, ima
 @pytest.mark.parametrize("name", ["residual", "resnet20", "vit"])
 def test_layers_may_be_visited_in_any_order(make, images, name):
     network = make(name)
-    suffix = Suffix(Traced(network), list(images.split(40)), PLENTY)
+    suffix = suffix_of(network, images, 40)
     layers = countable(network).layers
     for layer in [layers[-1], layers[0], *layers[::-2], layers[1], layers[1]]:
         suffix.move_to(layer.name)
@@ -77,7 +86,7 @@ def calls_of(module: nn.Module) -> list[int]:
 )
 def test_what_comes_before_the_layer_is_not_computed_again(make, images, name, first, later):
     network = make(name)
-    suffix = Suffix(Traced(network), list(images.split(20)), PLENTY)
+    suffix = suffix_of(network, images, 20)
     suffix.move_to(later)
     before, own = calls_of(network.get_submodule(first)), calls_of(network.get_submodule(later))
     with torch.inference_mode():
@@ -88,18 +97,18 @@ def test_what_comes_before_the_layer_is_not_computed_again(make, images, name, f
 
 def test_moving_on_starts_from_what_was_kept(make, images):
     network = make("resnet20")
-    suffix = Suffix(Traced(network), list(images.split(10)), PLENTY)
+    suffix = suffix_of(network, images, 10)
     suffix.move_to("layer1.0.conv1")
     calls = calls_of(network.conv1)
     suffix.move_to("layer3.2.conv1")
-    assert len(calls) <= 1  # one check of the whole network
+    assert len(calls) <= 2  # a check of the whole network on one batch, and a count of its FLOPs
 
 
 @pytest.mark.parametrize("name", ["shared", "data_dependent", "in_place_on_shortcut"])
 def test_where_there_is_no_suffix_the_whole_network_runs(make, images, name):
     """A module called twice, control flow on values, a value changed after it was read."""
     network = make(name)
-    suffix = Suffix(Traced(network), [images], PLENTY)
+    suffix = suffix_of(network, images, 70)
     suffix.move_to("block" if name == "shared" else "conv1")
     calls = calls_of(network.stem)
     with torch.inference_mode():
@@ -107,17 +116,99 @@ def test_where_there_is_no_suffix_the_whole_network_runs(make, images, name):
     assert len(calls) == 1
 
 
+def kept_bytes(suffix: Suffix) -> int:
+    kept = {v.data_ptr(): v for values in suffix.kept if values for v in values if isinstance(v, Tensor)}
+    return sum(v.nbytes for v in kept.values())
+
+
 @pytest.mark.parametrize("budget", [0, 20_000, 60_000, PLENTY])
 def test_kept_values_stay_within_the_budget(make, images, budget):
     network = make("residual")
-    suffix = Suffix(Traced(network), list(images.split(10)), budget)
+    suffix = suffix_of(network, images, 10, budget)
     for name in ("stem", "conv1", "conv2"):
         suffix.move_to(name)
-        kept = {id(v): v for values in suffix.kept if values for v in values}
-        images_themselves = {id(batch) for batch in suffix.batches}
-        assert sum(v.nbytes for i, v in kept.items() if i not in images_themselves) <= budget
+        assert kept_bytes(suffix) <= budget
     whole = 2 * 10 * 8 * 8 * 8 * 4  # bytes a batch before conv2: the shortcut and its own input
     assert sum(values is not None for values in suffix.kept) == min(7, budget // whole)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("budget", [5_000, 50_000, 200_000])
+def test_from_no_layer_on_is_more_kept_than_the_budget(make, images, name, budget):
+    """The images themselves count where they are what is kept."""
+    network = make(name)
+    suffix = suffix_of(network, images, 10, budget)
+    for layer in countable(network).layers:
+        suffix.move_to(layer.name)
+        assert kept_bytes(suffix) <= budget
+
+
+def test_images_that_are_kept_count_in_the_budget(make, images):
+    suffix = suffix_of(make("residual"), images, 10, 3 * 10 * 3 * 8 * 8 * 4)
+    suffix.move_to("stem")
+    assert [values is not None for values in suffix.kept] == [True] * 3 + [False] * 4
+
+
+@pytest.mark.parametrize(
+    ("name", "layers"),
+    [
+        ("residual", ["stem", "conv1", "conv2", "head"]),
+        ("vgg11", ["vgg.features.0", "vgg.features.4", "vgg.features.11", "vgg.features.22"]),
+        ("resnet20", ["conv1", "layer1.0.conv1", "layer2.0.conv1", "layer3.2.conv2", "linear"]),
+        ("vit", ["patch_embed.proj", "blocks.0.attn.qkv", "blocks.0.mlp.fc1", "blocks.1.mlp.fc2", "head"]),
+    ],
+)
+def test_the_share_falls_from_the_first_layer_to_the_last(make, images, name, layers):
+    suffix = suffix_of(make(name), images, 20)
+    shares = []
+    for layer in layers:
+        suffix.move_to(layer)
+        shares.append(suffix.share)
+    assert shares[0] == pytest.approx(1)
+    assert all(later < earlier for earlier, later in pairwise(shares))
+    assert shares[-1] > 0
+
+
+def test_the_share_by_hand(make, images):
+    """Multiplications for each weight and pixel; the shortcut of conv2 costs nothing."""
+    suffix = suffix_of(make("residual"), images, 35)
+    stem, conv1, conv2, head = 8 * 27 * 64, 8 * 36 * 64, 8 * 72 * 64, 8 * 5
+    suffix.move_to("conv2")
+    assert suffix.share == pytest.approx((conv2 + head) / (stem + conv1 + conv2 + head))
+
+
+def test_the_share_is_a_mean_over_batches_that_are_kept_and_others(make, images):
+    network = make("residual")
+    suffix = suffix_of(network, images, 35)
+    suffix.move_to("conv2")
+    half = suffix_of(network, images, 35, 2 * 35 * 8 * 8 * 8 * 4)  # the first of two batches, with its shortcut
+    half.move_to("conv2")
+    assert [values is not None for values in half.kept] == [True, False]
+    assert half.share == pytest.approx((1 + suffix.share) / 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "budget"),
+    [("residual", 0), ("resnet20", 0), ("vit", 0), ("data_dependent", PLENTY)],
+)
+def test_where_nothing_is_kept_the_share_is_the_whole(make, images, name, budget):
+    network = make(name)
+    suffix = suffix_of(network, images, 20, budget)
+    for layer in countable(network).layers:
+        suffix.move_to(layer.name)
+        assert suffix.share == 1
+        assert not any(suffix.kept)
+
+
+@pytest.mark.parametrize(
+    ("name", "layer", "next_layer"), [("shared", "block", "head"), ("in_place_on_shortcut", "conv1", "conv2")]
+)
+def test_the_share_is_the_whole_at_a_layer_that_has_no_suffix_and_less_after_it(make, images, name, layer, next_layer):
+    suffix = suffix_of(make(name), images, 20)
+    suffix.move_to(layer)
+    assert suffix.share == 1
+    suffix.move_to(next_layer)
+    assert suffix.share < 0.9
 
 
 class DirectRead(nn.Module):
@@ -135,7 +226,7 @@ class DirectRead(nn.Module):
 def test_a_weight_that_is_read_directly_is_seen_replaced(images):
     torch.manual_seed(0)
     network = DirectRead().eval()
-    suffix = Suffix(Traced(network), [images], PLENTY)
+    suffix = suffix_of(network, images, 70)
     for layer in countable(network).layers:
         suffix.move_to(layer.name)
         assert_logits_are_the_networks(network, suffix, layer)

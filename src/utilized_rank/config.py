@@ -21,6 +21,8 @@ Percent = Annotated[float, Field(ge=0, le=100)]
 # A run's name becomes a DVC stage name and a file name; DVC cannot resolve a dot in it.
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 FROM_SCRATCH = "none"
+Precision = Literal["auto", "float32", "bfloat16"]
+"""Of a network's arithmetic; ``auto`` is bfloat16 where the processor multiplies in it."""
 
 
 class StudyError(Exception):
@@ -157,19 +159,22 @@ class Measure(Section):
     """Training images over which the second moments are taken (all of them where there are fewer)."""
     epsilons: Annotated[list[Percent], Field(min_length=1)]
     """Tolerated loss of accuracy on the search split, in percentage points."""
-    criterion: Literal["rank", "energy"] = "rank"
-    """Search k_S and k_T each on its own, or one energy threshold for both."""
+    criterion: Literal["rank", "utilized", "energy"] = "rank"
+    """Search k_S and k_T each on its own; only the smaller of them; or one energy threshold for both."""
+    precision: Precision = "auto"
+    """Of the network's arithmetic in the rank search, the unaltered one's too."""
+    rows: Positive | None = 4
+    """Rows that a layer's second moment is taken over, as a multiple of its input width m; all where it is null."""
+    batch_size: Positive = 128
+    """Images a batch in the moment pass."""
+    memory: Positive = 2048
+    """MiB that the rank search may use to keep what flows into a layer."""
 
     @model_validator(mode="after")
     def _epsilons_differ(self) -> Measure:
         if len(set(self.epsilons)) < len(self.epsilons):
             raise ValueError(f"epsilons {self.epsilons} names one twice")
         return self
-
-    batch_size: Positive = 128
-    """Images a batch in the moment pass."""
-    memory: Positive = 2048
-    """MiB that the rank search may use to keep what flows into a layer."""
 
 
 class Decompose(Section):
@@ -178,6 +183,10 @@ class Decompose(Section):
     methods: Annotated[list[Literal["projection", "optimal", "svd"]], Field(min_length=1)]
     finetuned: Annotated[list[Literal["projection", "optimal", "svd"]], Field(min_length=1)]
     """Those of ``methods`` that are trained on."""
+    objective: Literal["parameters", "latency"] = "parameters"
+    """Put a layer in two where that saves weights; or only where it is also faster, as measured on this machine."""
+    latency_images: Positive = 64
+    """Images at a time, where latency is measured."""
     sweep_points: Annotated[int, Field(ge=2)] = 8
     """Kept dimensions tried for each curve of Figure 1."""
 
@@ -209,8 +218,8 @@ class Study(Section):
     seed: Annotated[int, Field(ge=0)] = 0
     threads: Positive = 2
     """Threads for torch; fixed, because sums over other counts differ in the last digit."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """Of the arithmetic while training; everything measured is float32 or float64."""
+    precision: Precision = "float32"
+    """Of the arithmetic while training; reported accuracies are float32."""
     data: Data
     pretrained: dict[Name, Pretrained] = {}
     runs: Annotated[dict[Name, Run], Field(min_length=1)]

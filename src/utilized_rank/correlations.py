@@ -1,137 +1,196 @@
 """The second moment of a convolution's patches from correlations of its input, each computed once.
 
-For stride 1 the product of two entries of a patch, s_(c,i) s_(c',j), depends on where the patch lies
-only through the position of i: summed over all positions it is the correlation of channels c and c'
-at the shift j - i, less the few rows and columns that the window of offset i does not reach. So a 3 x 3
-convolution needs 15 shifts (half of 25, by symmetry) of a C x C product, not the 81 of its patches.
+The product of two entries of a patch, s_(c,i) s_(c',j), is that of two pixels of the input, j - i apart.
+Over all patches, offset i meets the same pixels whatever j is; so the pixels are sorted by the offsets
+that meet them (inside the image: all, for stride 1), and for each sort the correlations of channels c and
+c' are summed at each shift. A 3 x 3 convolution needs 15 shifts of a C x C product (half of 25, by
+symmetry) where its patches have 81 products.
 """
 
 from __future__ import annotations
 
-from itertools import product
+from collections import defaultdict
+from dataclasses import dataclass
+from itertools import combinations, product
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight
 
-from .layers import padding
+from .layers import padding, positions
 
-Cut = tuple[int | None, int | None]
-"""A row and a column of the image, None for all of them."""
+TERMS = 2**14
+"""Products that are summed in the inputs' own precision, before float64 takes over (those of one image at least).
+
+In float32 so short a sum is exact to 4e-6 of the largest, which is less than activations in float32 are off.
+"""
 
 
-SAVING = 3
-"""How many times fewer products the correlations must need: each costs more than one of a matrix product."""
+@dataclass(frozen=True)
+class Band:
+    """The rows (or columns) of an image that the same offsets of a kernel meet."""
+
+    start: int
+    step: int
+    count: int
+    offsets: tuple[int, ...]
+    """Ascending."""
+
+    def inside(self) -> slice:
+        """Its rows."""
+        return slice(self.start, self.start + (self.count - 1) * self.step + 1, self.step)
+
+    def beyond(self, first: int, last: int) -> slice:
+        """All rows from the shift ``first`` of its first row to the shift ``last`` of its last one."""
+        return slice(self.start + first, self.start + (self.count - 1) * self.step + last + 1)
 
 
-def pays(module: nn.Module, height: int, width: int) -> bool:
-    """Whether the patches of ``module`` on images of this size overlap enough to be worth sharing.
+def bands(size: int, before: int, after: int, kernel: int, stride: int, dilation: int) -> list[Band]:
+    """The bands of an image ``size`` rows high: every row that some offset meets is in one of them."""
+    positions = (size + before + after - dilation * (kernel - 1) - 1) // stride + 1
+    met: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    for row in range(size):
+        tops = [row + before - a * dilation for a in range(kernel)]
+        offsets = tuple(a for a, top in enumerate(tops) if top % stride == 0 and 0 <= top // stride < positions)
+        if offsets:
+            met[offsets].append(row)
+    return [band for offsets, rows in met.items() for band in _runs(rows, stride, offsets)]
 
-    They must overlap at every position (stride 1, no groups), and on small images the rows and columns
-    that some offset misses are most of the image.
-    """
-    if not isinstance(module, nn.Conv2d) or module.stride != (1, 1) or module.groups > 1:
+
+def _runs(rows: list[int], step: int, offsets: tuple[int, ...]) -> list[Band]:
+    """Ascending rows as bands of even steps."""
+    starts = [i for i, row in enumerate(rows) if i == 0 or row - rows[i - 1] != step]
+    ends = [*starts[1:], len(rows)]
+    return [Band(rows[i], step, end - i, offsets) for i, end in zip(starts, ends, strict=True)]
+
+
+@dataclass(frozen=True)
+class Sort:
+    """The pixels of an image that the same offsets of a kernel meet, and the shifts to those that they multiply."""
+
+    rows: Band
+    columns: Band
+    down: range
+    """Shifts in steps of the dilation; downwards only: a product of two pixels is met from the upper one."""
+    across: range
+
+    @property
+    def pixels(self) -> int:
+        """In one image."""
+        return self.rows.count * self.columns.count
+
+
+def sorts(module: nn.Conv2d, height: int, width: int) -> list[Sort]:
+    """All pixels of an image that has no padding but zeros; shifts that lead out of it are left out."""
+    amounts, mode = padding(module)
+    left, right, top, bottom = amounts if mode == "constant" else [0, 0, 0, 0]
+    (tall, wide), (step_y, step_x), (gap_y, gap_x) = module.kernel_size, module.stride, module.dilation
+    found = []
+    for rows, columns in product(
+        bands(height, top, bottom, tall, step_y, gap_y), bands(width, left, right, wide, step_x, gap_x)
+    ):
+        lowest = min(tall - 1 - rows.offsets[0], (height - 1 - rows.start) // gap_y)
+        leftmost = min(columns.offsets[-1], (columns.inside().stop - 1) // gap_x)
+        rightmost = min(wide - 1 - columns.offsets[0], (width - 1 - columns.start) // gap_x)
+        found.append(Sort(rows, columns, range(lowest + 1), range(-leftmost, rightmost + 1)))
+    return found
+
+
+def _padded(module: nn.Conv2d, height: int, width: int) -> tuple[int, int]:
+    """Height and width of an image with the padding that is not zeros."""
+    (left, right, top, bottom), mode = padding(module)
+    return (height, width) if mode == "constant" else (height + top + bottom, width + left + right)
+
+
+def pays(module: nn.Conv2d, height: int, width: int) -> bool:
+    """Whether patches of ``module`` on images of this size overlap, and correlations need fewer products."""
+    (tall, wide), (step_y, step_x), (gap_y, gap_x) = module.kernel_size, module.stride, module.dilation
+    overlap = step_y <= gap_y * (tall - 1) or step_x <= gap_x * (wide - 1)
+    if module.groups > 1 or not overlap:
         return False
-    (down, across), (left, right, top, bottom) = module.kernel_size, padding(module)[0]
-    rows = _misses(height, top, bottom, down, module.dilation[0])
-    columns = _misses(width, left, right, across, module.dilation[1])
-    shared = down * (2 * across - 1) * (height + len(rows)) * (width + len(columns))
-    return SAVING * shared <= (down * across) ** 2 * height * width
+    shared = sum(
+        sort.pixels * len(sort.down) * len(sort.across) for sort in sorts(module, *_padded(module, height, width))
+    )
+    return shared < (tall * wide) ** 2 * positions(module, height, width)
 
 
 class Correlations:
     """Sums over images of one size, as they flow into one convolution.
 
     Args:
-        module: a convolution of stride 1 without groups.
+        module: a convolution without groups.
         height: of its input.
         width: of its input.
     """
 
     def __init__(self, module: nn.Conv2d, height: int, width: int) -> None:
         self.module = module
-        self.pads, self.mode = padding(module)
-        left, right, top, bottom = self.pads
-        if self.mode != "constant":  # then padding is part of the image
-            height, width, left, right, top, bottom = height + top + bottom, width + left + right, 0, 0, 0, 0
-        self.rows = _misses(height, top, bottom, module.kernel_size[0], module.dilation[0])
-        self.columns = _misses(width, left, right, module.kernel_size[1], module.dilation[1])
         self.count = 0
         """Patches seen."""
-        reach_y, reach_x = (d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True))
-        self._reach = int(reach_y), int(reach_x)
-        self._positions = (height + top + bottom - reach_y) * (width + left + right - reach_x)
-        self._sums: dict[Cut, Tensor] = {}
-        self._total = torch.zeros(module.in_channels, height, width, dtype=torch.float64)
+        self._positions = positions(module, height, width)
+        height, width = _padded(module, height, width)
+        self._sums: dict[Sort, Tensor | None] = dict.fromkeys(sorts(module, height, width))
+        """For each sort of pixels, the products of two channels at each shift, float64, (C, C, down, across)."""
+        self._totals = {sort: torch.zeros(module.in_channels, dtype=torch.float64) for sort in self._sums}
+        """The sum of the pixels, (C,)."""
 
     def add(self, inputs: Tensor) -> None:
         """Take in more images, (B, C, H, W)."""
-        inputs = inputs.double()
-        if self.mode != "constant":
-            inputs = F.pad(inputs, self.pads, self.mode)
+        amounts, mode = padding(self.module)
+        if mode != "constant":
+            inputs = F.pad(inputs, amounts, mode)
         self.count += len(inputs) * self._positions
-        self._total += inputs.sum(0)
-        down, across = self._reach
-        beyond = F.pad(inputs, (across, across, 0, down))
-        channels, (height, width) = inputs.shape[1], self.module.kernel_size
-        shape = (channels, channels, height, 2 * width - 1)
-        for row, column in product([None, *self.rows], [None, *self.columns]):
-            y, h = (slice(None), slice(None)) if row is None else (slice(row, row + 1), slice(row, row + 1 + down))
-            x, w = (
-                (slice(None), slice(None))
-                if column is None
-                else (slice(column, column + 1), slice(column, column + 1 + 2 * across))
-            )
+        (tall, wide), (gap_y, gap_x) = self.module.kernel_size, self.module.dilation
+        margin = gap_x * (wide - 1)
+        beyond = F.pad(inputs, (margin, margin, 0, gap_y * (tall - 1)))
+        for sort, total in self._sums.items():
+            few = max(1, TERMS // sort.pixels)
+            for images, around in zip(inputs.split(few), beyond.split(few), strict=True):
+                below = sort.rows.beyond(0, gap_y * sort.down[-1])
+                beside = sort.columns.beyond(margin + gap_x * sort.across[0], margin + gap_x * sort.across[-1])
+                inside = images[:, :, sort.rows.inside(), sort.columns.inside()]
+                self._totals[sort] += inside.sum((0, 2, 3))
+                part = self._correlation(sort, inside, around[:, :, below, beside])
+                total = part.double() if total is None else total.add_(part)
+            self._sums[sort] = total
+
+    def _correlation(self, sort: Sort, inside: Tensor, around: Tensor) -> Tensor:
+        """Products of the pixels of one sort with those around them, summed, (C, C, down, across)."""
+        channels, steps, gaps = inside.shape[1], (sort.rows.step, sort.columns.step), self.module.dilation
+        if sort.columns.count > 2:
             # The gradient of a convolution's weight is this correlation, and has the fastest code.
-            part = conv2d_weight(beyond[:, :, h, w], shape, inputs[:, :, y, x], dilation=self.module.dilation)
-            known = self._sums.get((row, column))
-            self._sums[row, column] = part if known is None else known.add_(part)
+            shape = (channels, channels, len(sort.down), len(sort.across))
+            return conv2d_weight(around, shape, inside, steps, dilation=gaps)
+        # On images as narrow as this it has not.
+        shifted = around.unfold(2, (sort.rows.count - 1) * steps[0] + 1, gaps[0])[..., :: steps[0]]
+        shifted = shifted.unfold(3, (sort.columns.count - 1) * steps[1] + 1, gaps[1])[..., :: steps[1]]
+        left = inside.permute(1, 0, 2, 3).reshape(channels, -1)
+        right = shifted.permute(2, 3, 0, 4, 5, 1).reshape(len(sort.down), len(sort.across), -1, channels)
+        return (left @ right).permute(2, 3, 0, 1)
 
     def products(self) -> Tensor:
         """Sum of s^T s over all patches, float64, (m, m)."""
-        channels, (height, width) = self.module.in_channels, self.module.kernel_size
-        result = torch.empty(channels, height, width, channels, height, width, dtype=torch.float64)
-        for (a, b), (u, v) in product(product(range(height), range(width)), repeat=2):
-            if u < a:
+        channels, (tall, wide) = self.module.in_channels, self.module.kernel_size
+        result = torch.zeros(channels, tall, wide, channels, tall, wide, dtype=torch.float64)
+        for sort, total in self._sums.items():
+            if total is None:
                 continue
-            block = self._within(a, b)[:, :, u - a, v - b + width - 1]  # (C, C)
-            result[:, a, b, :, u, v] = block
-            result[:, u, v, :, a, b] = block.T
-        m = channels * height * width
+            for a, b in product(sort.rows.offsets, sort.columns.offsets):
+                for y, x in product(sort.down, sort.across):
+                    u, v = a + y, b + x
+                    if u < tall and 0 <= v < wide and (u, v) >= (a, b):
+                        result[:, a, b, :, u, v] += total[:, :, y, x - sort.across[0]]
+        for (a, b), (u, v) in combinations(product(range(tall), range(wide)), 2):
+            result[:, u, v, :, a, b] = result[:, a, b, :, u, v].T
+        m = channels * tall * wide
         return result.view(m, m)
 
     def total(self) -> Tensor:
         """Sum of s over all patches, float64, (m,)."""
-        height, width = self.module.kernel_size
-        result = torch.empty(self.module.in_channels, height, width, dtype=torch.float64)
-        for a, b in product(range(height), range(width)):
-            kept = self._total.clone()
-            kept[:, [row for row, misses in self.rows.items() if a in misses]] = 0
-            kept[:, :, [column for column, misses in self.columns.items() if b in misses]] = 0
-            result[:, a, b] = kept.sum((1, 2))
+        tall, wide = self.module.kernel_size
+        result = torch.zeros(self.module.in_channels, tall, wide, dtype=torch.float64)
+        for sort, pixels in self._totals.items():
+            for a, b in product(sort.rows.offsets, sort.columns.offsets):
+                result[:, a, b] += pixels
         return result.flatten()
-
-    def _within(self, a: int, b: int) -> Tensor:
-        """Correlations summed over the window of offset (a, b): all, less what it misses, (C, C, kh, 2 kw - 1)."""
-        rows = [row for row, misses in self.rows.items() if a in misses]
-        columns = [column for column, misses in self.columns.items() if b in misses]
-        result = self._sums[None, None].clone()
-        for row in rows:
-            result -= self._sums[row, None]
-        for column in columns:
-            result -= self._sums[None, column]
-        for row, column in product(rows, columns):
-            result += self._sums[row, column]
-        return result
-
-
-def _misses(size: int, before: int, after: int, kernel: int, dilation: int) -> dict[int, set[int]]:
-    """The rows of an image that some offset of the kernel never meets, and which offsets those are."""
-    positions = size + before + after - dilation * (kernel - 1)
-    missed: dict[int, set[int]] = {}
-    for row in range(size):
-        met = [a for a in range(kernel) if 0 <= row + before - a * dilation < positions]
-        if len(met) < kernel:
-            missed[row] = set(range(kernel)) - set(met)
-    return missed

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from . import cost
-from .evaluation import is_correct, outputs
+from .evaluation import features, is_correct, outputs
 from .intervals import paired_change
 from .layers import Layer, countable
 from .lowrank import METHODS, Factors, Target, factorized, restructure, right_singular, saves, substitute
@@ -54,16 +54,25 @@ class Decomposition:
         network: never changed.
         layers: its utilized ranks, as in ``Measurement.layers``.
         moments: of the inputs of its layers.
+        images: where given, a layer is put in two only where that is faster on them, (N, C, H, W).
     """
 
-    def __init__(self, network: nn.Module, layers: pd.DataFrame, moments: dict[str, Moments]) -> None:
+    def __init__(
+        self, network: nn.Module, layers: pd.DataFrame, moments: dict[str, Moments], images: Tensor | None = None
+    ) -> None:
         self.network = network
+        self.images = images
         self.layers = {layer.name: layer for layer in countable(network).layers}
         self.ranks = layers
         self.moments = moments
         self.bases: dict[str, tuple[Subspace, Subspace]] = {
-            name: bases(layer, moments[name]) for name, layer in self.layers.items()
+            name: bases(layer, moments[name], self._dimensions(layer)) for name, layer in self.layers.items()
         }
+
+    def _dimensions(self, layer: Layer) -> int:
+        """The largest k_S that was found, other than the whole input."""
+        found = self.ranks.k_s[self.ranks.layer == layer.name]
+        return int(found[found < layer.m].max()) if (found < layer.m).any() else 1
 
     def targets(self, epsilon: float) -> list[Target]:
         """Every layer with the ranks found at ``epsilon``."""
@@ -78,14 +87,21 @@ class Decomposition:
         return {t.layer: projected(t.layer.weight(), t.s, t.t, t.k_s, t.k_t) for t in self.targets(epsilon)}
 
     def build(self, method: str, epsilon: float) -> Decomposed:
-        """A copy of the network with every layer in two where that saves weights, by ``method``."""
+        """A copy of the network with every layer in two where that saves weights (and time), by ``method``."""
         chosen = [t for t in self.targets(epsilon) if saves(t.layer, t.rank)]
         factors: dict[str, Factors] = {t.layer.name: METHODS[method](t) for t in chosen}
         network = copy.deepcopy(self.network)
         pairs = {name: factorized(self.layers[name], factor) for name, factor in factors.items()}
+        if self.images is not None:
+            pairs = {name: two for name, two in pairs.items() if self._is_faster(self.layers[name], two, self.images)}
         substitute(network, dict(pairs))
         form = {name: [factors[name].rank, int(two[1].bias is not None)] for name, two in pairs.items()}
         return Decomposed(network, form)
+
+    def _is_faster(self, layer: Layer, two: nn.Module, images: Tensor) -> bool:
+        inputs = features(self.network, layer.module, images)
+        dense, decomposed = cost.latencies([layer.module, two.eval()], inputs)
+        return decomposed < dense
 
     def weight_ranks(self, epsilon: float) -> pd.DataFrame:
         """Numerical rank of W and of W' layer by layer: layer, width, rank_before, rank_after, r."""

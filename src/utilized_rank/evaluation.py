@@ -21,10 +21,10 @@ def is_correct(network: nn.Module, inputs: Tensor, labels: Tensor) -> np.ndarray
     return (outputs(network, inputs).argmax(1) == labels).numpy()
 
 
-def features(network: nn.Module, classifier: nn.Module, inputs: Tensor) -> Tensor:
-    """What flows into ``classifier``, a module of ``network``: (N, D)."""
+def features(network: nn.Module, module: nn.Module, inputs: Tensor) -> Tensor:
+    """What flows into ``module``, a part of ``network``: (N, ...); into its classifier, (N, D)."""
     seen: list[Tensor] = []
-    hook = classifier.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    hook = module.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     try:
         outputs(network, inputs)
     finally:

@@ -59,6 +59,12 @@ class Layer:
             return inputs.reshape(1, -1, self.m)
         return patches(self.module, inputs)
 
+    def row_count(self, inputs: Tensor) -> int:
+        """How many rows (a group) the module's inputs have."""
+        if isinstance(self.module, nn.Linear):
+            return inputs.numel() // self.m
+        return len(inputs) * positions(self.module, inputs.shape[-2], inputs.shape[-1])
+
 
 def patches(module: nn.Conv2d, inputs: Tensor) -> Tensor:
     """The patches that a convolution sees in ``inputs`` (B, C, H, W): (g, B L, m)."""
@@ -77,6 +83,14 @@ def padding(module: nn.Conv2d) -> tuple[list[int], str]:
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
     # torch keeps the amounts in this form for every kind of padding ("same" may differ on two sides).
     return list(module._reversed_padding_repeated_twice), mode
+
+
+def positions(module: nn.Conv2d, height: int, width: int) -> int:
+    """At how many places a convolution sees a patch in one image of this size."""
+    left, right, top, bottom = padding(module)[0]
+    (down, across), (step_y, step_x), (gap_y, gap_x) = module.kernel_size, module.stride, module.dilation
+    rows = (height + top + bottom - gap_y * (down - 1) - 1) // step_y + 1
+    return rows * ((width + left + right - gap_x * (across - 1) - 1) // step_x + 1)
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,10 @@ from tqdm import tqdm
 from . import config
 from .data import Dataset, check_resolution
 from .layers import Layer, Selection, countable
-from .moments import Moments, input_moments
+from .moments import Budget, Moments, input_moments
 from .projection import bases
-from .rank_search import Ranks, search, search_energy
+from .rank_search import Ranks, search, search_energy, search_utilized
+from .runtime import resolved
 from .subspaces import Subspace
 from .trials import Trials
 
@@ -27,8 +28,10 @@ class Measurement:
     """One row a layer and epsilon: layer, m, n, groups, epsilon, k_s, k_t, k_s_alone, k_t_alone, r, utilization."""
     left_out: dict[str, str]
     """Layers that do not count, and why."""
-    trials: pd.DataFrame
-    """Every evaluation of the rank search."""
+    evaluations: pd.DataFrame
+    """Every evaluation of the rank search, columns as in ``trials.Evaluation``."""
+    precision: str
+    """Of the network's arithmetic in the rank search."""
     moments: dict[str, Moments]
     search_images: int
     search_correct: int
@@ -48,18 +51,24 @@ def measure(network: nn.Module, dataset: Dataset, parameters: config.Measure) ->
     check_resolution(len(dataset.splits["search"]), parameters.epsilons)
     selection: Selection = countable(network)
     calibration = dataset.inputs("train", parameters.calibration_images)
-    moments = input_moments(network, selection.layers, calibration.split(parameters.batch_size))
-    trials = Trials(network, dataset.inputs("search"), dataset.labels("search"), parameters.memory)
+    budget = None if parameters.rows is None else Budget(parameters.rows, len(calibration))
+    moments = input_moments(network, selection.layers, calibration.split(parameters.batch_size), budget)
+    trials = Trials(
+        network, dataset.inputs("search"), dataset.labels("search"), parameters.memory, parameters.precision
+    )
     rows = []
     for layer in tqdm(selection.layers, desc="rank search", unit="layer"):
-        s, t = bases(layer, moments[layer.name])
+        # No rank beyond min(m, n) is tried, but an energy threshold is a part of all eigenvalues.
+        s, t = bases(layer, moments[layer.name], None if parameters.criterion == "energy" else layer.width)
         for epsilon in parameters.epsilons:
             ranks = layer_ranks(layer, s, t, trials, epsilon, parameters.criterion)
             rows.append(_row(layer, epsilon, ranks))
     return Measurement(
-        pd.DataFrame(rows),
+        # A side that was not asked for has no rank: a whole number all the same.
+        pd.DataFrame(rows).astype({"k_s_alone": "Int64", "k_t_alone": "Int64"}),
         selection.left_out,
         trials.table(),
+        resolved(parameters.precision),
         moments,
         len(dataset.splits["search"]),
         trials.correct,
@@ -70,17 +79,18 @@ def layer_ranks(layer: Layer, s: Subspace, t: Subspace, trials: Trials, epsilon:
     """The ranks of one layer at one tolerance; all 0 for a dead one (no input, or no output, ever)."""
     if float(t.values.sum()) == 0:
         return Ranks(0, 0, 0, 0, 0)
-    needed = trials.needed(epsilon)
 
     def passes(k_s: int, k_t: int) -> bool:
-        return trials.passes(layer, s, t, k_s, k_t, needed)
+        return trials.passes(layer, s, t, k_s, k_t, epsilon)
 
-    def may_pass(k_s: int, k_t: int) -> bool:
-        return trials.passes(layer, s, t, k_s, k_t, needed, quick=True)
+    def likely(k_s: int, k_t: int) -> bool:
+        return trials.likely(layer, s, t, k_s, k_t, epsilon)
 
     if criterion == "energy":
-        return search_energy(passes, layer.m, layer.n, _over_groups(s), _over_groups(t), may_pass)
-    return search(passes, layer.m, layer.n, may_pass)
+        return search_energy(passes, layer.m, layer.n, _over_groups(s), _over_groups(t), likely)
+    if criterion == "utilized":
+        return search_utilized(passes, layer.m, layer.n, likely)
+    return search(passes, layer.m, layer.n, likely)
 
 
 def _over_groups(subspace: Subspace) -> torch.Tensor:

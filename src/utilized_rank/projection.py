@@ -12,9 +12,10 @@ from .moments import Moments
 from .subspaces import Subspace, output_moment, principal
 
 
-def bases(layer: Layer, moments: Moments) -> tuple[Subspace, Subspace]:
-    """The principal subspaces of a layer's inputs and outputs, from uncentred second moments."""
-    return principal(moments.second), principal(output_moment(moments.second, layer.weight()))
+def bases(layer: Layer, moments: Moments, dimensions: int | None = None) -> tuple[Subspace, Subspace]:
+    """The principal subspaces of a layer's inputs (so many dimensions, or all) and outputs, from uncentred moments."""
+    second = moments.second
+    return principal(second, dimensions), principal(output_moment(second, layer.weight()))
 
 
 def projected(weight: Tensor, inputs: Subspace, outputs: Subspace, k_s: int, k_t: int) -> Tensor:

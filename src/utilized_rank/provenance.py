@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import Study
+from .runtime import resolved
 
 PACKAGES = ("torch", "torchvision", "timm", "lightly", "numpy", "scipy", "scikit-learn", "dvc", "papermill")
 
@@ -60,7 +61,12 @@ def provenance(study: Study, data: list[Path], root: Path) -> dict[str, Any]:
         "parameters": parameter_hash(study),
         "data": tree_hash([path.absolute() for path in data], root),
         "seed": study.seed,
-        "precision": {"training": study.precision, "evaluation": "float32", "second moments": "float64"},
+        "precision": {
+            "training": resolved(study.precision),
+            "rank search": resolved(study.measure.precision),
+            "evaluation": "float32",
+            "sums of second moments": "float64",
+        },
         "threads": study.threads,
         "processor": processor(),
         "system": f"{platform.system()} {platform.machine()}",

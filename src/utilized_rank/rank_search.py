@@ -25,30 +25,41 @@ class Ranks:
     """Dimensions of the input subspace in W' = P_S W P_T; m where no smaller number served."""
     k_t: int
     """Dimensions of the output subspace; n where no smaller number served."""
-    k_s_alone: int
-    """The smallest passing k_S with the outputs left as they are."""
-    k_t_alone: int
-    """The smallest passing k_T with the inputs left as they are."""
+    k_s_alone: int | None
+    """The smallest passing k_S with the outputs left as they are; None where it was not asked."""
+    k_t_alone: int | None
+    """The smallest passing k_T with the inputs left as they are; None where it was not asked."""
     r: int
     """Utilized rank, min(k_S, k_T) (Garg et al. 2024)."""
 
 
-def smallest(passes: Callable[[int], bool], low: int, high: int, may_pass: Callable[[int], bool] | None = None) -> int:
+def smallest(passes: Callable[[int], bool], low: int, high: int, likely: Callable[[int], bool] | None = None) -> int:
     """The smallest k in (low, high] found by bisection: it passes, and k - 1 fails or is ``low``.
 
     Args:
         passes: the verdict on k.
         low: known to fail, or not to be tried.
         high: known to pass.
-        may_pass: a cheaper verdict whose no is final. The boundary that it gives is where the search
-            starts, so that most of the time a single ``passes`` certifies it.
+        likely: a guess of the verdict that costs less. Bisection goes by guesses, and by verdicts where they
+            are known; its k and k - 1 are then certified, and it goes anew where a guess was wrong.
     """
-    if may_pass is not None:
-        guess, step = smallest(may_pass, low, high), 1
-        low = guess - 1
-        while guess < high and not passes(guess):
-            low, guess, step = guess, min(high, guess + step), 2 * step
-        high = guess
+    if likely is None:
+        return _bisected(passes, low, high)
+    known = {low: False, high: True}
+
+    def is_as_guessed(k: int, guess: bool) -> bool:
+        if k not in known:
+            known[k] = passes(k)
+        return known[k] is guess
+
+    while True:
+        k = _bisected(lambda k: known[k] if k in known else likely(k), low, high)
+        # What fails is told sooner than what passes, so it is asked first.
+        if is_as_guessed(k - 1, False) and is_as_guessed(k, True):
+            return k
+
+
+def _bisected(passes: Callable[[int], bool], low: int, high: int) -> int:
     while high - low > 1:
         middle = (low + high) // 2
         if passes(middle):
@@ -58,39 +69,72 @@ def smallest(passes: Callable[[int], bool], low: int, high: int, may_pass: Calla
     return high
 
 
-def search(passes: Passes, m: int, n: int, may_pass: Passes | None = None) -> Ranks:
+Path = Callable[[int], tuple[int, int]]
+"""(k_S, k_T) for each k."""
+
+
+def _along(path: Path, passes: Passes, likely: Passes | None, low: int, high: int) -> int:
+    """The smallest k in (low, high] whose (k_S, k_T) passes; that of ``high`` is known to."""
+    guess = None if likely is None else lambda k: likely(*path(k))
+    return smallest(lambda k: passes(*path(k)), low, high, guess)
+
+
+def search(passes: Passes, m: int, n: int, likely: Passes | None = None) -> Ranks:
     """Search k_S and k_T each on its own, then let both grow together until W' passes.
 
     Args:
         passes: the verdict on (k_S, k_T).
         m: input width.
         n: output width.
-        may_pass: a cheaper verdict whose no is final (see :func:`smallest`).
+        likely: a guess of the verdict that costs less (see :func:`smallest`).
 
     Only k up to min(m, n) are tried, since r = min(k_S, k_T) cannot exceed it; a side that needs more
     is left whole.
     """
     width = min(m, n)
 
-    def boundary(pair: Callable[[int], tuple[int, int]], low: int, high: int) -> int:
-        quick = None if may_pass is None else lambda k: may_pass(*pair(k))
-        return smallest(lambda k: passes(*pair(k)), low, high, quick)
-
-    # One more than the width stands for the whole side, which is the unaltered layer: it passes.
-    k_s = _or_whole(boundary(lambda k: (_or_whole(k, width, m), n), 0, width + 1), width, m)
-    k_t = _or_whole(boundary(lambda k: (m, _or_whole(k, width, n)), 0, width + 1), width, n)
-
     def grown(steps: int) -> tuple[int, int]:
         return _or_whole(k_s + steps, width, m), _or_whole(k_t + steps, width, n)
 
+    # One more than the width stands for the whole side, which is the unaltered layer: it passes.
+    k_s = _or_whole(_along(lambda k: (_or_whole(k, width, m), n), passes, likely, 0, width + 1), width, m)
+    k_t = _or_whole(_along(lambda k: (m, _or_whole(k, width, n)), passes, likely, 0, width + 1), width, n)
     # Most of the time W' passes as it is. Growing by the whole width leaves the layer unaltered.
-    steps = 0 if passes(k_s, k_t) else boundary(grown, 0, width)
+    steps = 0 if passes(k_s, k_t) else _along(grown, passes, likely, 0, width)
     joint_s, joint_t = grown(steps)
     return Ranks(joint_s, joint_t, k_s, k_t, min(joint_s, joint_t, width))
 
 
+def search_utilized(passes: Passes, m: int, n: int, likely: Passes | None = None) -> Ranks:
+    """Search min(k_S, k_T) only, each side on its own; W is projected on the side that gives it, the other whole.
+
+    The narrower side is searched. Where the wider one fails just below that rank, it needs at least as
+    much, and how much more is not asked (its rank by itself is None).
+
+    Args:
+        passes: the verdict on (k_S, k_T).
+        m: input width.
+        n: output width.
+        likely: a guess of the verdict that costs less (see :func:`smallest`).
+    """
+
+    def narrow(k: int) -> tuple[int, int]:
+        return (m, k) if n <= m else (k, n)
+
+    def wide(k: int) -> tuple[int, int]:
+        return (k, n) if n <= m else (m, k)
+
+    first = _along(narrow, passes, likely, 0, min(m, n))
+    other = None
+    if first > 1 and passes(*wide(first - 1)):
+        other = _along(wide, passes, likely, 0, first - 1)
+    k_s, k_t = narrow(first) if other is None else wide(other)
+    k_s_alone, k_t_alone = (other, first) if n <= m else (first, other)
+    return Ranks(k_s, k_t, k_s_alone, k_t_alone, min(k_s, k_t))
+
+
 def search_energy(
-    passes: Passes, m: int, n: int, values_s: Tensor, values_t: Tensor, may_pass: Passes | None = None
+    passes: Passes, m: int, n: int, values_s: Tensor, values_t: Tensor, likely: Passes | None = None
 ) -> Ranks:
     """Search one energy threshold for both sides: the smallest (k_S(e), k_T(e)) that passes.
 
@@ -100,13 +144,12 @@ def search_energy(
         n: output width.
         values_s: all eigenvalues of C_S, descending, (m,).
         values_t: all eigenvalues of C_T, descending, (n,).
-        may_pass: a cheaper verdict whose no is final (see :func:`smallest`).
+        likely: a guess of the verdict that costs less (see :func:`smallest`).
     """
     width = min(m, n)
     path = [(_or_whole(a, width, m), _or_whole(b, width, n)) for a, b in energy_path(values_s, values_t)]
     path = [*dict.fromkeys(path), (m, n)]
-    quick = None if may_pass is None else lambda i: may_pass(*path[i])
-    k_s, k_t = path[smallest(lambda i: passes(*path[i]), -1, len(path) - 1, quick)]
+    k_s, k_t = path[_along(lambda i: path[i], passes, likely, -1, len(path) - 1)]
     return Ranks(k_s, k_t, k_s, k_t, min(k_s, k_t, width))
 
 

@@ -133,6 +133,7 @@ def write_index(
         study=study,
         css=css(),
         table=table_html,
+        search_precision=result(store, "measure", next(iter(study.runs)))["search_precision"],
         search_images=result(store, "train", next(iter(study.runs)))["search_images"],
         cards=_cards(sheets["table1-utilization"], tuned, epsilon),
         sheets=sheets,

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.utils import deterministic
 
-from .config import Study
+from .config import Precision, Study
 
 
 def start(study: Study, purpose: str) -> torch.Generator:
@@ -35,7 +35,15 @@ def derived_seed(seed: int, purpose: str) -> int:
     return int(entropy.generate_state(1)[0])
 
 
-def autocast(precision: str) -> AbstractContextManager[None]:
+def resolved(precision: Precision) -> str:
+    """The precision that is meant: ``auto`` is bfloat16 where the processor multiplies in it, float32 elsewhere."""
+    if precision != "auto":
+        return precision
+    able = torch.cpu.get_capabilities()
+    return "bfloat16" if any(able.get(way) for way in ("avx512_bf16", "amx_bf16", "bf16")) else "float32"
+
+
+def autocast(precision: Precision) -> AbstractContextManager[None]:
     """Autocast to ``precision`` where it is not float32."""
-    dtype = getattr(torch, precision)
+    dtype = getattr(torch, resolved(precision))
     return torch.autocast("cpu", dtype=dtype, enabled=dtype is not torch.float32)

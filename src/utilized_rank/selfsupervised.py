@@ -8,14 +8,14 @@ from lightly.loss import NTXentLoss
 from lightly.models.modules import SimCLRProjectionHead
 from torch import Tensor, nn
 
-from .config import Pretrained
+from .config import Precision, Pretrained
 from .data import Dataset, augment
 from .models import classifier, read_checkpoint
 from .training import fit
 
 
 def initial_weights(
-    network: nn.Module, dataset: Dataset, recipe: Pretrained, generator: torch.Generator, precision: str
+    network: nn.Module, dataset: Dataset, recipe: Pretrained, generator: torch.Generator, precision: Precision
 ) -> tuple[dict[str, Tensor], pd.DataFrame]:
     """The tensors that a run starts from, and the curve of making them (empty for a checkpoint).
 
@@ -44,7 +44,7 @@ class Encoder(nn.Module):
 
 
 def pretrain_simclr(
-    network: nn.Module, dataset: Dataset, recipe: Pretrained, generator: torch.Generator, precision: str
+    network: nn.Module, dataset: Dataset, recipe: Pretrained, generator: torch.Generator, precision: Precision
 ) -> tuple[dict[str, Tensor], pd.DataFrame]:
     """Train ``network`` to give two augmentations of one image like features, without labels.
 

@@ -12,6 +12,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 
+from .cost import flops_of
+
 Values = tuple[Any, ...]
 """The values of some nodes of the graph, for one batch of images."""
 
@@ -92,17 +94,21 @@ class Suffix:
 
     Args:
         traced: the network.
-        batches: the images, each (B, C, H, W).
+        images: all of them, (N, C, H, W).
+        batches: which of them each batch has, int64 (B,).
         budget: bytes that the kept values may take; batches over it are computed from the images.
     """
 
-    def __init__(self, traced: Traced, batches: list[Tensor], budget: int) -> None:
+    def __init__(self, traced: Traced, images: Tensor, batches: Sequence[Tensor], budget: int) -> None:
         self.traced = traced
+        self.images = images
         self.batches = batches
         self.budget = budget
         self.sources: list[fx.Node] = []
         self.kept: list[Values | None] = [None] * len(batches)
         self.run: Callable[..., Values] | None = None
+        self.share = 1.0
+        """FLOPs of running from the layer on, over those of the whole network: a mean over the batches."""
 
     @torch.inference_mode()
     def move_to(self, name: str) -> None:
@@ -112,39 +118,50 @@ class Suffix:
         """
         frontier = self.traced.frontier(name)
         if frontier is None:
-            self.sources, self.kept, self.run = [], [None] * len(self.batches), None
+            self._keep_nothing()
             return
         images = self.traced.images()
         forward = self.traced.between([*self.sources, images], frontier)
         from_images = self.traced.between([images], frontier)
         left = self.budget
-        for i, (batch, values) in enumerate(zip(self.batches, self.kept, strict=True)):
-            if left <= 0:
-                self.kept[i] = None
-                continue
-            moved = from_images(batch) if values is None else forward(*values, batch)
-            left -= sum(v.nbytes for v in moved if isinstance(v, Tensor) and v is not batch)
-            self.kept[i] = moved if left >= 0 else None
+        for i, values in enumerate(self.kept):
+            self.kept[i] = None
+            if left > 0:
+                moved = from_images(self._batch(i)) if values is None else forward(*values, self._batch(i))
+                left -= sum(v.nbytes for v in moved if isinstance(v, Tensor))
+                self.kept[i] = moved if left >= 0 else None
         self.sources = frontier
         self.run = self.traced.between(frontier, [self.traced.logits()])
-        if not self._repeats():
-            self.sources, self.kept, self.run = [], [None] * len(self.batches), None
+        values = self.kept[0]
+        if values is None:
+            self.share = 1.0
+        elif self._repeats(values):
+            kept = sum(value is not None for value in self.kept) / len(self.kept)
+            from_here = flops_of(self.run, *values) / max(1, flops_of(self.traced.network, self._batch(0)))
+            self.share = 1 - kept + kept * from_here
+        else:
+            self._keep_nothing()
 
-    def _repeats(self) -> bool:
+    def _batch(self, index: int) -> Tensor:
+        return self.images[self.batches[index]].contiguous(memory_format=torch.channels_last)
+
+    def _keep_nothing(self) -> None:
+        self.sources, self.kept, self.run, self.share = [], [None] * len(self.batches), None, 1.0
+
+    def _repeats(self, values: Values) -> bool:
         """Whether running gives what the network gives, and leaves what was kept as it is.
 
         An operation in place could spoil it.
         """
-        if self.kept[0] is None:
-            return True
-        before = [v.clone() for v in self.kept[0] if isinstance(v, Tensor)]
-        same = torch.allclose(self.logits(0), self.traced.network(self.batches[0]), rtol=1e-4, atol=1e-4)
-        after = [v for v in self.kept[0] if isinstance(v, Tensor)]
+        before = [v.clone() for v in values if isinstance(v, Tensor)]
+        expected = cast(Tensor, self.traced.network(self._batch(0)))
+        same = torch.allclose(self.logits(0), expected, rtol=1e-4, atol=1e-4)
+        after = [v for v in values if isinstance(v, Tensor)]
         return same and all(torch.equal(old, new) for old, new in zip(before, after, strict=True))
 
     def logits(self, index: int) -> Tensor:
         """The network's output for batch ``index``, (B, classes)."""
         values = self.kept[index]
         if self.run is None or values is None:
-            return cast(Tensor, self.traced.network(self.batches[index]))
+            return cast(Tensor, self.traced.network(self._batch(index)))
         return cast(Tensor, self.run(*values)[0])

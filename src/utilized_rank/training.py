@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .config import Recipe
+from .config import Precision, Recipe
 from .data import Dataset, Split, augment
 from .evaluation import features, is_correct
 from .models import classifier
@@ -27,7 +27,7 @@ def fit(
     images: int,
     recipe: Recipe,
     generator: torch.Generator,
-    precision: str = "float32",
+    precision: Precision = "float32",
     after_epoch: Callable[[], dict[str, float]] = dict,
     title: str = "training",
 ) -> pd.DataFrame:
@@ -97,7 +97,7 @@ def _warmup_cosine(recipe: Recipe, steps: int) -> Callable[[int], float]:
 
 
 def train_supervised(
-    network: nn.Module, dataset: Dataset, recipe: Recipe, generator: torch.Generator, precision: str, title: str
+    network: nn.Module, dataset: Dataset, recipe: Recipe, generator: torch.Generator, precision: Precision, title: str
 ) -> pd.DataFrame:
     """Train all of ``network`` on the labels; the curve has its accuracy (%) on the search split."""
     split = dataset.splits["train"]
@@ -111,7 +111,7 @@ def train_supervised(
 
 
 def train_linear(
-    network: nn.Module, dataset: Dataset, recipe: Recipe, generator: torch.Generator, precision: str, title: str
+    network: nn.Module, dataset: Dataset, recipe: Recipe, generator: torch.Generator, precision: Precision, title: str
 ) -> pd.DataFrame:
     """Train the classifier alone on the features of the frozen rest (a linear probe).
 
@@ -129,7 +129,7 @@ def train_linear(
 
 
 def leave_as_given(
-    network: nn.Module, dataset: Dataset, recipe: Recipe, generator: torch.Generator, precision: str, title: str
+    network: nn.Module, dataset: Dataset, recipe: Recipe, generator: torch.Generator, precision: Precision, title: str
 ) -> pd.DataFrame:
     """No training: an empty curve."""
     return pd.DataFrame(columns=["epoch", "lr", "loss", "search_accuracy"])

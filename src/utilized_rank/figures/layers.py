@@ -44,6 +44,22 @@ def utilization(layers: pd.DataFrame) -> Figure:
     return figure
 
 
+def search_work(evaluations: pd.DataFrame) -> Figure:
+    """What the rank search of each layer cost: guesses, and verdicts on the whole search split."""
+    figure, axes = plt.subplots(figsize=(8, 3.2))
+    names = list(evaluations.layer.unique())
+    bottom = pd.Series(0.0, index=names)
+    for certified, label, colour in ((True, "certifying", BLUE), (False, "guessing", AMBER)):
+        work = evaluations[evaluations.certified == certified].groupby("layer").forwards.sum()
+        work = work.reindex(names, fill_value=0.0)
+        axes.bar(range(len(names)), work, bottom=bottom, color=colour, label=label, width=0.7)
+        bottom += work
+    layer_axis(axes, [short(name) for name in names])
+    axes.set(ylabel="passes of the search split\nthrough the network")
+    axes.legend(loc="upper right", ncols=2)
+    return figure
+
+
 def layer_experiments(
     spectra: pd.DataFrame, sweep: pd.DataFrame, accuracy: float, layer: str, ranks: dict[float, int]
 ) -> Figure:

@@ -1,0 +1,99 @@
+"""What is measured: CIFAR-10 and a public ResNet-20 where they lie beside the project, else digits."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from utilized_rank import config, data, models, training
+from utilized_rank.data import Dataset, Split
+from utilized_rank.store import read_tensors, write_network
+
+ROOT = Path(__file__).parents[1]
+SHARED = ROOT.parent / "shared"
+CIFAR10 = SHARED / "datasets" / "cifar10"
+CHECKPOINT = SHARED / "checkpoints" / "cifar10_resnet20.safetensors"
+MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+"""That the public ResNet-20 was trained with."""
+SEED, THREADS, CALIBRATION = 0, 2, 2000
+
+NETWORKS = {
+    "ResNet-20": config.Model(architecture="resnet20"),
+    "VGG11": config.Model(architecture="vgg11"),
+    "ViT": config.Model(architecture="vit", dim=96, depth=6, heads=3, patch_size=8),
+}
+EPOCHS = {"cifar10": {"VGG11": 2, "ViT": 6}, "digits": {"ResNet-20": 6, "VGG11": 3, "ViT": 40}}
+"""Trained here, briefly: what is measured is time, but at ranks like those of a real network."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One data set, and a network of each kind for it."""
+
+    name: str
+    dataset: Dataset
+
+    def network(self, name: str) -> nn.Module:
+        """The network of this name in evaluation mode: public, or trained here and kept for the next time."""
+        model, shape, classes = NETWORKS[name], self.dataset.shape, len(self.dataset.classes)
+        epochs = EPOCHS[self.name].get(name)
+        if epochs is None:
+            network = models.build(model, shape, classes)
+            models.start_from(network, read_tensors(CHECKPOINT)[0])
+            return network.eval()
+        path = ROOT / "data" / "benchmarks" / f"{self.name}-{model.architecture}-{epochs}.safetensors"
+        if not path.is_file():
+            network = models.build(model, shape, classes)
+            recipe = config.Recipe(epochs=epochs, lr=2e-3, augmentation=config.Augmentation(shift=0.1))
+            generator = torch.Generator().manual_seed(SEED)
+            training.train_supervised(network, self.dataset, recipe, generator, "auto", name)
+            write_network(path, network)
+        return models.load(path, model, shape, classes)
+
+    def search(self, count: int) -> tuple[Tensor, Tensor]:
+        """Images and labels to search on; beyond the split's own number they come again, mirrored."""
+        inputs, labels = self.dataset.inputs("search"), self.dataset.labels("search")
+        if count > len(labels):
+            inputs, labels = torch.cat([inputs, inputs.flip(3)]), torch.cat([labels, labels])
+        return inputs[:count].contiguous(memory_format=torch.channels_last), labels[:count]
+
+    def sizes(self) -> list[int]:
+        """Numbers of search images: 5,000, 10,000 and 20,000, or as near as the data set comes."""
+        whole_split = len(self.dataset.splits["search"])
+        return [whole_split // 2, whole_split, 2 * whole_split]
+
+    def calibration(self) -> Tensor:
+        """Images for second moments, (N, C, H, W)."""
+        return self.dataset.inputs("train", CALIBRATION).contiguous(memory_format=torch.channels_last)
+
+
+def setting() -> Setting:
+    """What is there, with threads and seeds fixed."""
+    torch.set_num_threads(THREADS)
+    torch.manual_seed(SEED)
+    if CHECKPOINT.is_file() and (CIFAR10 / "test.webp").is_file():
+        return Setting("cifar10", _cifar10())
+    digits = config.Data(source="sklearn", dataset="digits", image_size=32, search_fraction=0.3, test_fraction=0.1)
+    return Setting("digits", data.build(digits, SEED)[0])
+
+
+def _cifar10() -> Dataset:
+    """The 50,000 training images, and the 10,000 test images as search split: nothing here is a result on them."""
+    spec = importlib.util.spec_from_file_location("unpack", CIFAR10 / "unpack.py")
+    if spec is None or spec.loader is None:
+        raise FileNotFoundError(CIFAR10 / "unpack.py")
+    unpack = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(unpack)
+    labels = json.loads((CIFAR10 / "labels.json").read_text())
+
+    def split(name: str) -> Split:
+        images = np.concatenate([unpack.tiles(CIFAR10 / sheet) for sheet in unpack.SHEETS[name]])
+        return Split(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels[name]))
+
+    return Dataset({"train": split("train"), "search": split("test")}, labels["classes"], MEAN, STD)
