@@ -29,7 +29,7 @@ def test_valid_parameters_give_a_study_with_its_defaults(parameters):
     assert study.runs["vgg11"].train.epochs == 2
     assert study.runs["vgg11"].pretrained == "none"
     assert study.precision == "float32"
-    assert (study.measure.criterion, study.measure.precision, study.measure.rows) == ("rank", "auto", 64)
+    assert (study.measure.criterion, study.measure.precision, study.measure.rows) == ("rank", "auto", 4)
     assert study.decompose.objective == "parameters"
 
 

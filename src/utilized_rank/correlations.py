@@ -132,8 +132,7 @@ class Correlations:
         height, width = _padded(module, height, width)
         self._sums: dict[Sort, Tensor | None] = dict.fromkeys(sorts(module, height, width))
         """For each sort of pixels, the products of two channels at each shift, float64, (C, C, down, across)."""
-        self._totals = {sort: torch.zeros(module.in_channels, dtype=torch.float64) for sort in self._sums}
-        """The sum of the pixels, (C,)."""
+        self._total = torch.zeros(height, width, module.in_channels, dtype=torch.float64)
 
     def add(self, inputs: Tensor) -> None:
         """Take in more images, (B, C, H, W)."""
@@ -141,6 +140,9 @@ class Correlations:
         if mode != "constant":
             inputs = F.pad(inputs, amounts, mode)
         self.count += len(inputs) * self._positions
+        # As a matrix product, which is several times faster than a sum over images.
+        flat = inputs.permute(0, 2, 3, 1).reshape(len(inputs), -1)
+        self._total += (flat.new_ones(1, len(flat)) @ flat).view_as(self._total)
         (tall, wide), (gap_y, gap_x) = self.module.kernel_size, self.module.dilation
         margin = gap_x * (wide - 1)
         beyond = F.pad(inputs, (margin, margin, 0, gap_y * (tall - 1)))
@@ -150,7 +152,6 @@ class Correlations:
                 below = sort.rows.beyond(0, gap_y * sort.down[-1])
                 beside = sort.columns.beyond(margin + gap_x * sort.across[0], margin + gap_x * sort.across[-1])
                 inside = images[:, :, sort.rows.inside(), sort.columns.inside()]
-                self._totals[sort] += inside.sum((0, 2, 3))
                 part = self._correlation(sort, inside, around[:, :, below, beside])
                 total = part.double() if total is None else total.add_(part)
             self._sums[sort] = total
@@ -190,7 +191,8 @@ class Correlations:
         """Sum of s over all patches, float64, (m,)."""
         tall, wide = self.module.kernel_size
         result = torch.zeros(self.module.in_channels, tall, wide, dtype=torch.float64)
-        for sort, pixels in self._totals.items():
+        for sort in self._sums:
+            pixels = self._total[sort.rows.inside(), sort.columns.inside()].sum((0, 1))
             for a, b in product(sort.rows.offsets, sort.columns.offsets):
                 result[:, a, b] += pixels
         return result.flatten()
