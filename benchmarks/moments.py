@@ -25,7 +25,7 @@ from .setting import CALIBRATION, NETWORKS, Setting
 TITLE = "Moments: a plain forward pass, the exact pass, the budget"
 EPSILON, BATCH, MANY = 0.5, 128, 5
 ROWS = Measure.model_fields["rows"].default
-SEARCHED = {"ResNet-20": 5000, "VGG11": 2000}
+SEARCHED = {"ResNet-20": 5000}
 NOTE = f"""Ratios are to a plain forward pass over the same {CALIBRATION:,} images. The budget is the default: {ROWS}
 rows a dimension, {FEWEST} images at least. Moved: how far k_S, k_T or r of a layer at {EPSILON:g} points lies from the
 exact pass, in per cent of min(m, n), and in how many layers any of them differs; beside it, the same for an exact
