@@ -96,6 +96,8 @@ def draw(table: pd.DataFrame) -> Figure:
     ends = [0, usual["search images"].max()]
     left.plot(ends, [x * first["ms an image"] / 1000 for x in ends], ":", color=style.GREY, label="linear")
     right.axhline(2048, ls="--", lw=1.2, color=style.BLACK, label="budget")
+    for axes in (left, right):
+        axes.locator_params(axis="x", nbins=5)
     left.set(xlabel="search images", ylabel="seconds", ylim=(0, None))
     right.set(xlabel="search images", ylabel="peak memory (MiB)", ylim=(0, None))
     right.legend(loc="center left", bbox_to_anchor=(1, 0.5))
