@@ -55,6 +55,7 @@ def draw(name: str) -> str:
     """The figure and the tables of one benchmark, as a part of the page."""
     module = importlib.import_module(f"benchmarks.{name}")
     table = read_table(REPORT / f"{name}.csv")
+    style.use()
     style.save(module.draw(table), REPORT / f"{name}.svg")
     plt.close("all")
     summary: pd.DataFrame = module.summary(table)
@@ -91,7 +92,6 @@ def main(names: list[str]) -> None:
         subprocess.run(
             [sys.executable, "-c", f"from benchmarks.__main__ import run; run({name!r})"], check=True, cwd=ROOT
         )
-    style.use()
     write_text(REPORT / "index.html", page([name for name in NAMES if Path(REPORT, f"{name}.csv").is_file()]))
 
 
