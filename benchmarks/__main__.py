@@ -58,8 +58,9 @@ def draw(name: str) -> str:
     style.use()
     style.save(module.draw(table), REPORT / f"{name}.svg")
     plt.close("all")
-    summary: pd.DataFrame = module.summary(table)
-    sheets = table_html(summary)
+    # Some tables are shown as they were measured.
+    shown: pd.DataFrame = module.summary(table) if hasattr(module, "summary") else table
+    sheets = table_html(shown)
     if name == "search":
         sheets += "<h3>Ranks k_S, k_T side by side</h3>" + table_html(ranks_side_by_side(table))
     record = read_json(REPORT / f"{name}.json")

@@ -111,11 +111,6 @@ def _decomposed(setting: Setting, network: nn.Module, timed: Tensor | None) -> n
     return Decomposition(network, pd.DataFrame(rows), moments, timed).build("optimal", 0.0).network.eval()
 
 
-def summary(table: pd.DataFrame) -> pd.DataFrame:
-    """As measured."""
-    return table
-
-
 def draw(table: pd.DataFrame) -> Figure:
     """Latency ratio against FLOPs ratio, a panel for each batch size."""
     figure, panels = plt.subplots(1, len(BATCHES), figsize=(11, 4), sharey=True)

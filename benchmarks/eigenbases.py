@@ -64,11 +64,6 @@ def _power_law(order: int) -> Tensor:
     return (matrix + matrix.mT) / 2
 
 
-def summary(table: pd.DataFrame) -> pd.DataFrame:
-    """As measured."""
-    return table
-
-
 def draw(table: pd.DataFrame) -> Figure:
     """Seconds for each matrix."""
     figure, axes = plt.subplots(figsize=(8, 3))

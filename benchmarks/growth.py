@@ -79,11 +79,6 @@ def _memory(field: str) -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
 
 
-def summary(table: pd.DataFrame) -> pd.DataFrame:
-    """As measured."""
-    return table
-
-
 def draw(table: pd.DataFrame) -> Figure:
     """Seconds and memory against search images."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.4))

@@ -18,6 +18,7 @@ from utilized_rank.layers import countable
 from utilized_rank.measure import layer_ranks
 from utilized_rank.moments import FEWEST, Budget, Moments, input_moments
 from utilized_rank.projection import bases
+from utilized_rank.subspaces import energy_rank
 from utilized_rank.trials import Trials
 
 from .setting import CALIBRATION, NETWORKS, Setting
@@ -118,8 +119,7 @@ def _ranks(setting: Setting, network: nn.Module, moments: dict[str, Moments], se
         total = moments[layer.name].second[0].trace()
         kept = s.values[0].cumsum(0) / total
         row["energy_s"] = min(int((kept < 0.99).sum()) + 1, layer.width)
-        kept = t.values[0].cumsum(0) / t.values[0].sum()
-        row["energy_t"] = int((kept < 0.99).sum()) + 1
+        row["energy_t"] = energy_rank(t.values, 0.99)
         rows.append(row)
     return pd.DataFrame(rows).set_index("layer")
 
@@ -132,11 +132,6 @@ def _error(network: nn.Module, images: Tensor) -> float:
     network.float()
     errors = [(single[n].products - m.products).abs().max() / m.products.abs().max() for n, m in exact.items()]
     return float(max(errors))
-
-
-def summary(table: pd.DataFrame) -> pd.DataFrame:
-    """As measured."""
-    return table
 
 
 def draw(table: pd.DataFrame) -> Figure:

@@ -59,8 +59,7 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
     """Commands, and stages summed over the runs they are for."""
     stages = table[table.kind == "stage"]
     by_stage = stages.groupby(stages.what.str.split("-").str[0], sort=False).seconds.agg(["sum", "size"])
-    commands = table[table.kind == "command"].assign(notebooks=1)[["what", "seconds", "notebooks"]]
-    commands["notebooks"] = [int((table.kind == "stage").sum()), 0, 2]
+    commands = table.loc[table.kind == "command", ["what", "seconds"]]
     parts = by_stage.reset_index().set_axis(["what", "seconds", "notebooks"], axis=1)
     parts["what"] = "of cold: " + parts.what
     return pd.concat([commands, parts], ignore_index=True)
