@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight
 
-from .layers import padding, positions
+from .layers import padding, places, positions
 
 TERMS = 2**14
 """Products that are summed in the inputs' own precision, before float64 takes over (those of one image at least).
@@ -48,11 +48,11 @@ class Band:
 
 def bands(size: int, before: int, after: int, kernel: int, stride: int, dilation: int) -> list[Band]:
     """The bands of an image ``size`` rows high: every row that some offset meets is in one of them."""
-    positions = (size + before + after - dilation * (kernel - 1) - 1) // stride + 1
+    count = places(before + size + after, kernel, stride, dilation)
     met: dict[tuple[int, ...], list[int]] = defaultdict(list)
     for row in range(size):
         tops = [row + before - a * dilation for a in range(kernel)]
-        offsets = tuple(a for a, top in enumerate(tops) if top % stride == 0 and 0 <= top // stride < positions)
+        offsets = tuple(a for a, top in enumerate(tops) if top % stride == 0 and 0 <= top // stride < count)
         if offsets:
             met[offsets].append(row)
     return [band for offsets, rows in met.items() for band in _runs(rows, stride, offsets)]

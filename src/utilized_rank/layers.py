@@ -89,8 +89,12 @@ def positions(module: nn.Conv2d, height: int, width: int) -> int:
     """At how many places a convolution sees a patch in one image of this size."""
     left, right, top, bottom = padding(module)[0]
     (down, across), (step_y, step_x), (gap_y, gap_x) = module.kernel_size, module.stride, module.dilation
-    rows = (height + top + bottom - gap_y * (down - 1) - 1) // step_y + 1
-    return rows * ((width + left + right - gap_x * (across - 1) - 1) // step_x + 1)
+    return places(height + top + bottom, down, step_y, gap_y) * places(width + left + right, across, step_x, gap_x)
+
+
+def places(size: int, kernel: int, stride: int, dilation: int) -> int:
+    """The same along one side, ``size`` with its padding."""
+    return (size - dilation * (kernel - 1) - 1) // stride + 1
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,13 @@ class Moments:
         self.total += rows.sum(1)
         self.count += rows.shape[1]
 
+    def __iadd__(self, other: Moments) -> Moments:
+        """Take in all rows of another sum."""
+        self.products += other.products
+        self.total += other.total
+        self.count += other.count
+        return self
+
     @property
     def second(self) -> Tensor:
         """C_S = E[s^T s], (g, m, m)."""
@@ -131,14 +138,12 @@ class Stream:
     def moments(self) -> Moments:
         """Of all that came so far."""
         self._take_waiting()
-        parts = [Moments(c.products()[None], c.total()[None], c.count) for c in self._by_size.values() if c]
-        if self._rows is not None:
-            parts.append(self._rows)
-        whole = parts[0] if parts else Moments.zeros(self.layer.groups, self.layer.m)
-        for part in parts[1:]:
-            whole.products += part.products
-            whole.total += part.total
-            whole.count += part.count
+        whole = Moments.zeros(self.layer.groups, self.layer.m)
+        for sums in [self._rows, *self._by_size.values()]:
+            if isinstance(sums, Correlations):
+                whole += Moments(sums.products()[None], sums.total()[None], sums.count)
+            elif sums is not None:
+                whole += sums
         return whole
 
 

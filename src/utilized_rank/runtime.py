@@ -35,7 +35,7 @@ def derived_seed(seed: int, purpose: str) -> int:
     return int(entropy.generate_state(1)[0])
 
 
-def resolved(precision: Precision) -> str:
+def resolved(precision: Precision) -> Precision:
     """The precision that is meant: ``auto`` is bfloat16 where the processor multiplies in it, float32 elsewhere."""
     if precision != "auto":
         return precision

@@ -52,8 +52,7 @@ def principal(moment: Tensor, dimensions: int | None = None) -> Subspace:
         values = torch.stack([values for values, _ in pairs]).reshape(*moment.shape[:-2], dimensions)
         vectors = torch.stack([vectors for _, vectors in pairs]).reshape(*moment.shape[:-1], dimensions)
     else:
-        values, vectors = torch.linalg.eigh(moment)
-        values, vectors = values.flip(-1)[..., :dimensions], vectors.flip(-1)[..., :dimensions]
+        values, vectors = _top(moment, dimensions)
     largest = vectors.gather(-2, vectors.abs().argmax(-2, keepdim=True))
     return Subspace(values.clamp_min(0), vectors * torch.where(largest < 0, -1.0, 1.0))
 
@@ -89,8 +88,7 @@ def leading(matrix: Tensor, k: int) -> tuple[Tensor, Tensor]:
         exhausted = float(link.diagonal().abs().min()) <= 1e-13 * float(small[0, 0])
         # Three times k is where convergence sets in; a look costs as much as four more blocks.
         if exhausted or (held >= 3 * k + 3 * size and (held - 3 * k - 3 * size) % (4 * size) == 0):
-            values, vectors = torch.linalg.eigh(small[:held, :held])
-            values, vectors = values.flip(0)[:k], vectors.flip(1)[:, :k]
+            values, vectors = _top(small[:held, :held], k)
             beyond = torch.linalg.eigvalsh(block @ matrix @ block.mT)[-1]
             residual = torch.linalg.matrix_norm(link.mT @ vectors[-size:], 2)
             if held >= k and residual <= ANGLE * (values[-1] - beyond):
@@ -103,8 +101,13 @@ def leading(matrix: Tensor, k: int) -> tuple[Tensor, Tensor]:
         if held + size <= most:
             small[held - size : held, held : held + size] = link
             small[held : held + size, held - size : held] = link.mT
+    return _top(matrix, k)
+
+
+def _top(matrix: Tensor, k: int | None) -> tuple[Tensor, Tensor]:
+    """The top k eigenpairs of all, which are computed, by descending eigenvalue."""
     values, vectors = torch.linalg.eigh(matrix)
-    return values.flip(0)[:k], vectors.flip(1)[:, :k]
+    return values.flip(-1)[..., :k], vectors.flip(-1)[..., :k]
 
 
 def _largest_beside(matrix: Tensor, found: Tensor, size: int) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import asdict, dataclass, fields
+from itertools import accumulate
 
 import pandas as pd
 import torch
@@ -18,7 +19,7 @@ from .config import Precision
 from .evaluation import outputs
 from .layers import Layer
 from .projection import projected, replaced
-from .runtime import autocast
+from .runtime import autocast, resolved
 from .subspaces import Subspace
 from .suffix import Suffix, Traced
 
@@ -78,16 +79,17 @@ class Trials:
         precision: Precision = "float32",
         batch_size: int = 64,
     ) -> None:
-        self.precision = precision
-        with autocast(precision):
+        self.precision = resolved(precision)
+        with autocast(self.precision):
             logits = outputs(network, inputs, batch_size)
         order = _order(_margin(logits, labels))
         self.images = len(labels)
         self._labels = labels[order].split(batch_size)
-        self._right = (logits.argmax(1) == labels)[order].split(batch_size)
+        right = (logits.argmax(1) == labels)[order].split(batch_size)
+        self._right_before = [0, *accumulate(int(batch.sum()) for batch in right)]
         self._suffix = Suffix(Traced(network), inputs, order.split(batch_size), memory * 2**20)
         self._layer: Layer | None = None
-        self.correct = int((logits.argmax(1) == labels).sum())
+        self.correct = self._right_before[-1]
         """Images that the unaltered network classifies correctly."""
         self._trials: dict[tuple[str, int, int], Trial] = {}
         self.evaluations: list[Evaluation] = []
@@ -134,13 +136,10 @@ class Trials:
             return False
         if certified:
             return None
-        lost = self._right_before(trial.batches) - trial.correct
+        lost = self._right_before[trial.batches] - trial.correct
         if lost > self.correct - needed:
             return False
         return True if trial.images >= PROBE * self.images else None
-
-    def _right_before(self, batches: int) -> int:
-        return sum(int(right.sum()) for right in self._right[:batches])
 
     def _turn_to(self, layer: Layer) -> None:
         if self._layer != layer:
