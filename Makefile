@@ -12,7 +12,7 @@ repro: .venv/ready
 test: .venv/ready
 	$(BIN)/pytest --cov
 
-# Measure what the package costs (most of an hour on two cores, by estimate); `make bench ONLY="search moments"` for some of it.
+# Measure what the package costs (about an hour on two cores); `make bench ONLY="search moments"` for some of it.
 # Threads that wait spin briefly, as in the stages.
 bench: .venv/ready
 	GOMP_SPINCOUNT=3000 $(BIN)/python -m benchmarks $(ONLY)
