@@ -5,12 +5,16 @@ BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export DVC_NO_ANALYTICS := 1
 
-.PHONY: repro test bench lint params lock clean
+.PHONY: repro test test-large bench lint params lock clean
 repro: .venv/ready
 	$(BIN)/dvc repro
 
 test: .venv/ready
 	$(BIN)/pytest --cov
+
+# Networks of timm and torchvision at their published width, cut to two blocks: minutes each.
+test-large: .venv/ready
+	$(BIN)/pytest -m large
 
 # Measure what the package costs (about an hour on two cores); `make bench ONLY="search moments"` for some of it.
 # Threads that wait spin briefly, as in the stages.

@@ -74,7 +74,7 @@ def measure(setting: Setting) -> pd.DataFrame:
                 }
             )
             print(rows[-1], flush=True)
-        many = setting.dataset.inputs("train", MANY * CALIBRATION).contiguous(memory_format=torch.channels_last)
+        many = setting.dataset.inputs("train")[: MANY * CALIBRATION].contiguous(memory_format=torch.channels_last)
         forward = _fastest(lambda n=network, m=many: _forward(n, m), 1)
         plenty = Budget(ROWS, len(many))
         seconds = _fastest(lambda n=network, ls=layers, m=many, b=plenty: input_moments(n, ls, m.split(BATCH), b), 1)

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from utilized_rank import config, data, models, training
-from utilized_rank.data import Dataset, Split
+from utilized_rank import config, models, prepare, training
+from utilized_rank.data import Dataset
+from utilized_rank.images import Split
 from utilized_rank.store import read_tensors, write_network
 
 ROOT = Path(__file__).parents[1]
@@ -58,7 +59,7 @@ class Setting:
 
     def search(self, count: int) -> tuple[Tensor, Tensor]:
         """Images and labels to search on; beyond the split's own number they come again, mirrored."""
-        inputs, labels = self.dataset.inputs("search"), self.dataset.labels("search")
+        inputs, labels = self.dataset.inputs("search")[:], self.dataset.labels("search")
         if count > len(labels):
             inputs, labels = torch.cat([inputs, inputs.flip(3)]), torch.cat([labels, labels])
         return inputs[:count].contiguous(memory_format=torch.channels_last), labels[:count]
@@ -70,7 +71,7 @@ class Setting:
 
     def calibration(self) -> Tensor:
         """Images for second moments, (N, C, H, W)."""
-        return self.dataset.inputs("train", CALIBRATION).contiguous(memory_format=torch.channels_last)
+        return self.dataset.inputs("train")[:CALIBRATION].contiguous(memory_format=torch.channels_last)
 
 
 def setting() -> Setting:
@@ -79,8 +80,8 @@ def setting() -> Setting:
     torch.manual_seed(SEED)
     if CHECKPOINT.is_file() and (CIFAR10 / "test.webp").is_file():
         return Setting("cifar10", _cifar10())
-    digits = config.Data(source="sklearn", dataset="digits", image_size=32, search_fraction=0.3, test_fraction=0.1)
-    return Setting("digits", data.build(digits, SEED)[0])
+    digits = config.Data(source="sklearn", dataset="digits", image_size=32, search=0.3, test=0.1)
+    return Setting("digits", prepare.build(digits, SEED, ROOT)[0])
 
 
 def _cifar10() -> Dataset:

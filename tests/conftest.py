@@ -2,17 +2,21 @@
 
 import copy
 from collections.abc import Callable
-from itertools import product
+from itertools import cycle, product
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import settings
+from PIL import Image
 from torch import Tensor, nn
 
 from utilized_rank import config, models
 from utilized_rank.data import Dataset, Split
+from utilized_rank.store import Store, write_json, write_table
 
 # The same examples each time, however slow the machine.
 settings.register_profile("seeded", deadline=None, derandomize=True)
@@ -27,8 +31,8 @@ PARAMETERS = {
         "source": "sklearn",
         "dataset": "digits",
         "image_size": 32,
-        "search_fraction": 0.2,
-        "test_fraction": 0.2,
+        "search": 0.2,
+        "test": 0.2,
     },
     "pretrained": {"simclr_vit": {"method": "simclr", "model": {"architecture": "vit"}, "epochs": 2}},
     "runs": {
@@ -262,3 +266,121 @@ def toy_dataset(seed: int = 0) -> Dataset:
 @pytest.fixture
 def dataset() -> Dataset:
     return toy_dataset()
+
+
+@pytest.fixture
+def studied(tmp_path, parameters) -> tuple[config.Study, Store]:
+    """A study of five networks, two of them repeats, and its result files: every number in them drawn at random."""
+    runs, toy_vit = parameters["runs"], parameters["runs"]["vit_linear"]
+    runs |= {
+        "vgg11_again": runs["vgg11"] | {"label": "VGG11, again"},
+        "vit": {**toy_vit, "label": "ViT & labels", "pretrained": "none", "train": {}},
+        "vit_finetuned": {**toy_vit, "label": "ViT, tuned", "train": {"epochs": 3}},
+    }
+    kinds = {"supervised": "vit", "linear": "vit_linear", "finetuned": "vit_finetuned"}
+    parameters["comparisons"]["vit"] |= kinds
+    parameters["repeats"] = {"vgg11": {"label": "VGG11", "runs": ["vgg11", "vgg11_again"]}}
+    study = config.parse_study(parameters)
+    store, draw = Store(study.name, tmp_path), np.random.default_rng(0)
+    for key in study.runs:
+        trained, measured, layers, decomposed, tuned = _results(study, draw)
+        write_json(store.report("results", f"train-{key}.json"), trained)
+        write_json(store.report("results", f"measure-{key}.json"), measured)
+        write_table(store.report("results", f"measure-{key}.csv"), layers)
+        write_table(store.report("results", f"decompose-{key}.csv"), decomposed)
+        write_table(store.report("results", f"finetune-{key}.csv"), tuned)
+    return study, store
+
+
+def _results(study: config.Study, draw: np.random.Generator) -> tuple:
+    """What train, measure, decompose and finetune write for one run."""
+    epsilons, methods = study.measure.epsilons, study.decompose.methods
+    trained = {
+        "test_accuracy": draw.uniform(50, 100),
+        "test_images": 450,
+        "search_accuracy": draw.uniform(50, 100),
+        "search_images": 449,
+        "parameters": int(draw.integers(10**4, 10**6)),
+        "flops": int(draw.integers(10**6, 10**8)),
+    }
+    names = [f"blocks.{i}" for i in range(7)]
+    layers = pd.DataFrame(
+        [
+            {"layer": name, "m": 40, "n": 32, "epsilon": epsilon, "r": r, "utilization": r / 32}
+            for epsilon in epsilons
+            for name, r in zip(names, draw.integers(1, 33, len(names)).tolist(), strict=True)
+        ]
+    )
+    measured = {
+        "mlu": {f"{epsilon:g}": layers[layers.epsilon == epsilon].utilization.mean() for epsilon in epsilons},
+        "rankme": draw.uniform(1, 32),
+        "layers_counted": len(names),
+        "left_out": ["depthwise"],
+        "search_precision": "bfloat16",
+        "calibration_images": 100,
+        "search_images": 449,
+        "evaluations": int(draw.integers(100, 999)),
+        "passes_of_the_search_split": draw.uniform(1, 99),
+    }
+
+    def assessed(form: str, method: str, epsilon: float | None) -> dict:
+        low, change, high = np.sort(draw.uniform(-9, 3, 3))
+        interval = {"change": change, "change_low": low, "change_high": high}
+        costs = {"parameters": int(draw.integers(10**3, 10**6)), "flops": int(draw.integers(10**5, 10**8))}
+        about = {"form": form, "method": method, "epsilon": epsilon, "accuracy": draw.uniform(50, 100), "images": 450}
+        return about | interval | costs
+
+    decomposed = [assessed("original", "dense", None)]
+    for epsilon in epsilons:
+        decomposed += [assessed("projected", "projection", epsilon)]
+        decomposed += [assessed("decomposed", method, epsilon) for method in methods]
+    tuned = [assessed("fine-tuned", "dense", None)]
+    tuned += [assessed("fine-tuned", method, e) for e in epsilons for method in study.decompose.finetuned]
+    return trained, measured, layers, pd.DataFrame(decomposed), pd.DataFrame(tuned)
+
+
+def _kinds(picture: Image.Image) -> dict[str, tuple[Image.Image, dict]]:
+    """One picture in every form that a file may have: by the file's name, what is saved and how."""
+    grey = picture.convert("L")
+    deep = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
+    palette = picture.quantize(8)
+    last = palette.getpixel((picture.width - 1, picture.height - 1))
+    faded = picture.copy()
+    faded.putalpha(Image.linear_gradient("L").resize(picture.size))
+    turned = Image.Exif()
+    turned[0x0112] = 6  # to be turned a quarter clockwise
+    return {
+        "colour.png": (picture, {}),
+        "colour.jpg": (picture, {"quality": 95}),
+        "grey.png": (grey, {}),
+        "grey.jpg": (grey, {"quality": 95}),
+        "deep.png": (deep, {}),
+        "palette.png": (palette, {"transparency": last}),
+        "faded.png": (faded, {}),
+        "turned.jpg": (picture.transpose(Image.Transpose.ROTATE_90), {"exif": turned, "quality": 95}),
+    }
+
+
+@pytest.fixture
+def kinds() -> Callable[[Image.Image], dict[str, tuple[Image.Image, dict]]]:
+    """Gives one picture in every form that a file may have: by the file's name, what is saved and how."""
+    return _kinds
+
+
+@pytest.fixture
+def image_folder(tmp_path: Path) -> Callable[..., Path]:
+    """Writes so many images of each class under a part of data/raw/fruit, no two of one size; gives that folder."""
+    draw = np.random.default_rng(0)
+
+    def write(part: str = "train", folder: str = "data/raw/fruit", **counts: int) -> Path:
+        root = tmp_path / folder
+        for name, count in counts.items():
+            (root / part / name).mkdir(parents=True)
+            for i, kind in zip(range(count), cycle(_kinds(Image.new("RGB", (8, 8)))), strict=False):
+                pixels = draw.integers(0, 256, (*draw.integers(4, 12, 2), 3)).astype(np.uint8)
+                size = (40 + 3 * i, 100 - 2 * i)
+                saved, how = _kinds(Image.fromarray(pixels).resize(size))[kind]
+                saved.save(root / part / name / f"{i:03d}{Path(kind).suffix}", **how)
+        return root
+
+    return write

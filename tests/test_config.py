@@ -1,7 +1,13 @@
+import re
+import shutil
+from pathlib import Path
+
 import pytest
 
-from utilized_rank.config import Study, StudyError, load_study, parse_study, project_root
+from utilized_rank.config import Study, StudyError, composed, load_study, parse_study, project_root
 
+ROOT = Path(__file__).parents[1]
+STUDIES = sorted(path.stem for path in (ROOT / "conf" / "study").glob("*.yaml"))
 REMOVED = object()
 
 
@@ -31,6 +37,9 @@ def test_valid_parameters_give_a_study_with_its_defaults(parameters):
     assert study.precision == "float32"
     assert (study.measure.criterion, study.measure.precision, study.measure.rows) == ("rank", "auto", 4)
     assert study.decompose.objective == "parameters"
+    assert (study.data.crop, study.data.workers, study.data.limit) == (1.0, 2, None)
+    assert (study.runs["vgg11"].model.blocks, study.runs["vgg11"].model.mean) == (None, None)
+    assert (study.comparisons.keys(), study.repeats, study.notes) == ({"vit"}, {}, [])
 
 
 @pytest.mark.parametrize(
@@ -41,13 +50,26 @@ def test_valid_parameters_give_a_study_with_its_defaults(parameters):
         ("measure.precision", "bfloat16"),
         ("measure.rows", None),
         ("decompose.objective", "latency"),
+        ("data.search", 300),
+        ("data.test", None),
+        ("data.dataset", "digits"),
+        ("data", {"source": "folder", "dataset": "any/where", "image_size": 224, "crop": 0.875, "workers": 0}),
+        ("data", {"source": "torchvision", "dataset": "CIFAR100", "image_size": 32, "search": 5000}),
+        ("runs.vgg11.model", {"architecture": "timm/any_name.of_weights", "mean": (0.5,), "std": (0.5,), "blocks": 2}),
+        ("runs.vgg11.model.architecture", "torchvision/vit_b_16"),
+        ("runs.vgg11.train.method", "supervised"),
+        ("measure.qkv", "split"),
+        ("notes", ["Cut: two epochs."]),
     ],
 )
 def test_what_may_be_chosen(parameters, path, value):
     section = parse_study(changed(parameters, path, value))
     for name in path.split("."):
-        section = getattr(section, name)
-    assert section == value
+        section = section[name] if isinstance(section, dict) else getattr(section, name)
+    if isinstance(value, dict):
+        assert {name: getattr(section, name) for name in value} == value
+    else:
+        assert section == value
 
 
 def test_a_study_cannot_be_changed(parameters):
@@ -93,14 +115,23 @@ def test_a_run_may_bear_the_name_of_a_section(parameters):
         ("seed", -1),
         ("precision", "float16"),
         ("data.image_size", 4),
-        ("data.search_fraction", 1.5),
-        ("data.test_fraction", 0),
+        ("data.search", 1.5),
+        ("data.search", 10.5),
+        ("data.search", 0),
+        ("data.test", 0),
+        ("data.crop", 0),
+        ("data.crop", 1.1),
+        ("data.workers", -1),
+        ("data.source", "imagenet"),
         ("runs.vgg11.train.epochs", 0),
         ("runs.vgg11.train.lr", 0),
         ("runs.vgg11.train.lr", "fast"),
         ("runs.vgg11.train.lr", float("nan")),
         ("runs.vgg11.train.lr", float("inf")),
         ("runs.vgg11.model.architecture", "vgg12"),
+        ("runs.vgg11.model.blocks", 0),
+        ("pretrained.simclr_vit.method", "dino"),
+        ("pretrained.simclr_vit.mask_ratio", 1.0),
         ("measure.epsilons", []),
         ("measure.epsilons", [-1.0]),
         ("measure.epsilons", [101.0]),
@@ -110,6 +141,7 @@ def test_a_run_may_bear_the_name_of_a_section(parameters):
         ("decompose.methods", ["optimum"]),
         ("decompose.objective", "size"),
         ("decompose.latency_images", 0),
+        ("decompose.sweep_images", 0),
         ("name", "a.b"),
     ],
 )
@@ -122,6 +154,41 @@ def test_the_message_shows_the_value(parameters):
     assert "data.image_size is 4: input should be greater than or equal to 8" in message(
         changed(parameters, "data.image_size", 4)
     )
+
+
+@pytest.mark.parametrize("path", ["data.search", "data.test"])
+def test_an_amount_is_a_fraction_or_a_whole_number(parameters, path):
+    assert message(changed(parameters, path, 1.5)) == f"params.yaml: {path}: a fraction is below 1, a number is whole"
+
+
+@pytest.mark.parametrize(
+    ("source", "dataset", "expected"),
+    [
+        ("sklearn", "digit", "sklearn has no 'digit'; did you mean 'digits'?"),
+        ("sklearn", "CIFAR10", "sklearn has no 'CIFAR10' (known: digits)"),
+        ("torchvision", "FashionMnist", "torchvision has no 'FashionMnist'; did you mean 'FashionMNIST'?"),
+        ("torchvision", "cifar100", "torchvision has no 'cifar100'; did you mean 'CIFAR100'?"),
+        ("torchvision", "CIFAR", "torchvision has no 'CIFAR'; did you mean 'CIFAR10'?"),
+        ("torchvision", "ImageNet", "torchvision has no 'ImageNet' (known: CIFAR10, CIFAR100, FashionMNIST)"),
+    ],
+)
+def test_a_dataset_that_its_source_does_not_have_suggests_one_that_it_has(parameters, source, dataset, expected):
+    parameters["data"] |= {"source": source, "dataset": dataset}
+    assert message(parameters) == f"params.yaml: data: {expected}"
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [
+        ("vgg12", "; did you mean 'vgg11'?"),
+        ("resnet18", "; did you mean 'resnet20'?"),
+        ("timm", "; did you mean 'timm/NAME'?"),
+        ("mobilenet", " (known: resnet20, timm/NAME, torchvision/NAME, vgg11, vit)"),
+    ],
+)
+def test_an_architecture_that_does_not_exist_suggests_one_that_does(parameters, name, nearest):
+    text = message(changed(parameters, "runs.vgg11.model.architecture", name))
+    assert text == f"params.yaml: runs.vgg11.model.architecture: there is no {name!r}{nearest}"
 
 
 def test_a_missing_key_is_named(parameters):
@@ -152,7 +219,10 @@ def test_a_reference_to_what_does_not_exist_suggests_what_does(parameters, path,
         ("runs.vit_linear.pretrained", "none", "train.method must be supervised"),
         ("runs.vit_linear.model", {"architecture": "vit", "depth": 2}, "made with another model"),
         ("runs.vgg11.model", {"architecture": "vit", "dim": 10, "heads": 3}, "not a multiple of heads 3"),
-        ("data.test_fraction", 0.8, "must leave something to train on"),
+        ("data.test", 0.8, "must leave something to train on"),
+        ("runs.vgg11.model.mean", [0.5], "runs.vgg11.model: mean and std belong together"),
+        ("runs.vgg11.model.std", [0.5], "runs.vgg11.model: mean and std belong together"),
+        ("runs.vgg11.model", {"architecture": "vgg11", "mean": [0.5], "std": [0.0]}, "runs.vgg11.model"),
         ("pretrained.simclr_vit.method", "checkpoint", "file and sha256"),
         ("pretrained.simclr_vit.file", "a.safetensors", "file and sha256"),
         ("decompose.finetuned", ["svd"], "finetuned names ['svd'], which methods does not build"),
@@ -161,6 +231,11 @@ def test_a_reference_to_what_does_not_exist_suggests_what_does(parameters, path,
 def test_contradictions_are_refused(parameters, path, value, expected):
     parameters["decompose"] = {"methods": ["optimal"], "finetuned": ["optimal"]}
     assert expected in message(changed(parameters, path, value))
+
+
+def test_runs_have_labels_that_tell_them_apart(parameters):
+    text = message(changed(parameters, "runs.vit_linear.label", "VGG11"))
+    assert text == "params.yaml: runs: 2 of them have the label 'VGG11', and tables could not tell them apart"
 
 
 def test_none_is_no_name_for_an_encoder(parameters):
@@ -197,6 +272,101 @@ def test_all_dangling_references_are_reported(parameters):
     assert "runs.vit_linear.pretrained" in text
 
 
+CHECKPOINT = {"method": "checkpoint", "file": "a.safetensors", "sha256": "0" * 64}
+SUPERVISION = "supervision belongs to method: checkpoint and published, which need it"
+
+
+@pytest.mark.parametrize(
+    ("made", "refused"),
+    [
+        ({"method": "mae"}, None),
+        ({"method": "published", "supervision": "weakly supervised", "weights": "IMAGENET1K_V1"}, None),
+        (CHECKPOINT | {"supervision": "supervised", "title": "ours"}, None),
+        ({"method": "published"}, SUPERVISION),
+        (CHECKPOINT, SUPERVISION),
+        ({"method": "mae", "weights": "IMAGENET1K_V1"}, "weights belongs to method: published"),
+        ({"method": "simclr", "supervision": "self-supervised"}, SUPERVISION),
+        ({"method": "mae", "supervision": "self-supervised"}, SUPERVISION),
+        ({"method": "published", "supervision": "with labels"}, "pretrained.simclr_vit.supervision is 'with labels'"),
+        ({"method": "published", "supervision": "supervised", "file": "a", "sha256": "0"}, "file and sha256 belong"),
+        (CHECKPOINT | {"supervision": "supervised", "sha256": None}, "it needs both"),
+    ],
+)
+def test_given_weights_say_how_they_were_made_and_those_made_here_do_not(parameters, made, refused):
+    changed(parameters, "pretrained.simclr_vit", {"model": {"architecture": "vit"}, **made})
+    if refused is None:
+        parse_study(parameters)
+    else:
+        assert refused in message(parameters)
+
+
+def test_initial_weights_are_called_by_their_title_or_their_method(parameters):
+    names = {}
+    for method in ("simclr", "mae"):
+        names[method] = parse_study(changed(parameters, "pretrained.simclr_vit.method", method)).pretrained
+    assert {method: made["simclr_vit"].name for method, made in names.items()} == {"simclr": "SimCLR", "mae": "MAE"}
+    titled = parse_study(changed(parameters, "pretrained.simclr_vit.title", "ours"))
+    assert titled.pretrained["simclr_vit"].name == "ours"
+
+
+AUGREG = {"architecture": "timm/vit_base_patch16_224.augreg_in1k", "mean": [0.5] * 3, "std": [0.5] * 3}
+DINO = {"architecture": "timm/vit_base_patch16_224.dino", "mean": [0.4] * 3, "std": [0.2] * 3}
+
+
+@pytest.mark.parametrize(
+    ("other", "share"),
+    [
+        (DINO, True),
+        ({"architecture": "timm/vit_base_patch16_224"}, True),
+        (DINO | {"architecture": "timm/vit_base_patch32_224.dino"}, False),
+        (DINO | {"blocks": 6}, False),
+        ({"architecture": "torchvision/vit_b_16"}, False),
+    ],
+    ids=lambda value: "" if isinstance(value, bool) else "-".join(map(str, value.values())),
+)
+def test_networks_are_compared_that_differ_in_their_weights_alone(parameters, other, share):
+    """The part of timm's name behind the dot names weights, and each has a normalisation of its own."""
+    run = parameters["runs"]["vgg11"]
+    parameters["runs"] = {"augreg": run | {"model": AUGREG}, "other": run | {"label": "other", "model": other}}
+    parameters["pretrained"] = {}
+    parameters["comparisons"]["vit"] |= {"supervised": "augreg", "linear": "other", "finetuned": "other"}
+    if share:
+        parse_study(parameters)
+    else:
+        assert message(parameters) == "params.yaml: comparisons.vit: its runs do not share one model"
+
+
+@pytest.mark.parametrize(
+    ("change", "refused"),
+    [
+        ({}, None),
+        ({"train": {"epochs": 3}}, "its runs differ in more than their labels"),
+        ({"model": {"architecture": "vgg11", "width": 0.5}}, "its runs differ in more than their labels"),
+        ({"finetune": {"epochs": 1, "lr": 0.02}}, "its runs differ in more than their labels"),
+    ],
+)
+def test_repeats_differ_in_their_labels_alone(parameters, change, refused):
+    parameters["runs"]["again"] = parameters["runs"]["vgg11"] | {"label": "VGG11, again"} | change
+    parameters["repeats"] = {"vgg": {"label": "VGG11", "runs": ["vgg11", "again"]}}
+    if refused is None:
+        assert parse_study(parameters).repeats["vgg"].runs == ["vgg11", "again"]
+    else:
+        assert message(parameters) == f"params.yaml: repeats.vgg: {refused}"
+
+
+@pytest.mark.parametrize(
+    ("runs", "expected"),
+    [
+        (["vgg11", "vgg12"], "repeats.vgg.runs: there is no 'vgg12'; did you mean 'vgg11'?"),
+        (["vgg11"], "repeats.vgg.runs is ['vgg11']: list should have at least 2 items"),
+        (["vgg11", "vgg11"], "repeats.vgg"),  # one network is no spread
+    ],
+)
+def test_repeats_are_two_runs_of_the_study_at_least(parameters, runs, expected):
+    parameters["repeats"] = {"vgg": {"label": "VGG11", "runs": runs}}
+    assert message(parameters).startswith(f"params.yaml: {expected}")
+
+
 @pytest.mark.parametrize("content", [None, [], "text", 3])
 def test_something_other_than_a_mapping_is_refused(content):
     assert message(content).startswith("params.yaml: the study is ")
@@ -205,7 +375,7 @@ def test_something_other_than_a_mapping_is_refused(content):
 YAML = """
 name: toy
 title: Toy
-data: {source: sklearn, dataset: digits, image_size: 32, search_fraction: 0.2, test_fraction: 2e-1}
+data: {source: sklearn, dataset: digits, image_size: 32, search: 0.2, test: 2e-1}
 runs:
   vgg11:
     label: VGG11
@@ -226,7 +396,7 @@ def project(tmp_path):
 def test_scientific_notation_is_a_number_as_in_dvc(project):
     study = load_study(project)
     assert study.runs["vgg11"].train.lr == 0.001
-    assert study.data.test_fraction == 0.2
+    assert study.data.test == 0.2
 
 
 def test_the_project_is_found_from_a_folder_inside_it(project, monkeypatch):
@@ -252,3 +422,53 @@ def test_broken_yaml_is_a_study_error(project, text):
     (project / "params.yaml").write_text(text)
     with pytest.raises(StudyError, match=r"params\.yaml is not valid YAML"):
         load_study(project)
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_study_of_the_project_is_valid_and_bears_its_files_name(name):
+    study = composed(name, ROOT)
+    assert study.name == name
+    assert study.pretrained.keys() >= {run.pretrained for run in study.runs.values()} - {"none"}
+    assert {run.pretrained for run in study.runs.values()} >= study.pretrained.keys()  # none is made in vain
+
+
+def test_a_study_is_composed_whatever_params_yaml_holds(tmp_path):
+    shutil.copytree(ROOT / "conf", tmp_path / "conf")
+    (tmp_path / "params.yaml").write_text("name: another")
+    assert composed("digits", tmp_path) == composed("digits", ROOT)
+    assert (tmp_path / "params.yaml").read_text() == "name: another"
+
+
+def test_a_study_that_does_not_exist_suggests_one_that_does():
+    with pytest.raises(StudyError, match=r"^conf/study has no 'fashion_mnst'; did you mean 'fashion_mnist'\?$"):
+        composed("fashion_mnst", ROOT)
+    with pytest.raises(StudyError, match=re.escape(f"conf/study has no 'xyzzy' (known: {', '.join(STUDIES)})")):
+        composed("xyzzy", ROOT)
+
+
+OWN = re.search(r"```yaml\n(# @package _global_.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+
+
+@pytest.mark.parametrize("test", [0.2, None], ids=["a part of the images", "test images of its own"])
+def test_the_five_lines_of_the_readme_are_a_study(tmp_path, test):
+    shutil.copytree(ROOT / "conf", tmp_path / "conf")
+    lines = OWN if test is not None else OWN.replace(", test: 0.2", "")
+    assert (len(OWN.splitlines()), lines == OWN) == (5, test is not None)
+    (tmp_path / "conf" / "study" / "mine.yaml").write_text(lines)
+    mine, folder = composed("mine", tmp_path), composed("folder", tmp_path)
+    own = {"name": "mine", "title": "My images"}
+    data = folder.data.model_copy(update={"dataset": "data/raw/mine", "test": test})
+    assert mine == folder.model_copy(update=own | {"data": data})
+
+
+def test_a_study_file_overrides_networks_and_says_what_is_wrong_with_it(tmp_path):
+    shutil.copytree(ROOT / "conf", tmp_path / "conf")
+    file = tmp_path / "conf" / "study" / "mine.yaml"
+    model = "runs: {folder_resnet20: {model: {architecture: timm/resnet18}}}\n"
+    file.write_text(OWN + model)
+    assert composed("mine", tmp_path).runs["folder_resnet20"].model.architecture == "timm/resnet18"
+    file.write_text(OWN.replace("test: 0.2", "test: 1.2") + model.replace("timm/resnet18", "resnet18"))
+    with pytest.raises(StudyError) as caught:
+        composed("mine", tmp_path)
+    places = sorted(line.split(": ")[1] for line in str(caught.value).splitlines())
+    assert places == ["data.test", "runs.folder_resnet20.model.architecture"]

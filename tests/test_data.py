@@ -1,102 +1,39 @@
 import dataclasses
 import math
+import re
+import shutil
 
-import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from utilized_rank import data
-from utilized_rank.config import Augmentation, Data, StudyError
+from utilized_rank import data, prepare
+from utilized_rank.config import Augmentation, Data, Model, StudyError
+from utilized_rank.data import SPLITS, Dataset
+from utilized_rank.images import Files, Split, array
+from utilized_rank.store import Store
 
-DIGITS = Data(source="sklearn", dataset="digits", image_size=16, search_fraction=0.2, test_fraction=0.25)
-LABELS = np.repeat(np.arange(4), [100, 60, 40, 20])
-
-
-@pytest.fixture(scope="module")
-def built():
-    return data.build(DIGITS, seed=3)
+LARGE = Data(source="folder", dataset="data/raw/fruit", image_size=72, search=0.25, test=0.25, workers=0)
 
 
-def how(**fractions: float | int) -> Data:
-    return DIGITS.model_copy(update=fractions)
+@pytest.fixture
+def large(image_folder, tmp_path) -> Dataset:
+    """Images that stay files, 72 pixels on a side."""
+    image_folder(apple=9, pear=8, plum=7)
+    return prepare.build(LARGE, 0, tmp_path)[0]
 
 
-@settings(max_examples=40)
-@given(
-    search=st.floats(0.1, 0.45),
-    test=st.floats(0.1, 0.45),
-    seed=st.integers(0, 2**32 - 1),
-)
-def test_splits_are_disjoint_stratified_and_cover_all_images(search, test, seed):
-    splits = data.split_indices(LABELS, how(search_fraction=search, test_fraction=test), seed)
-    assert sorted(np.concatenate(list(splits.values()))) == list(range(len(LABELS)))
-    expected = {"train": 1 - search - test, "search": search, "test": test}
-    for name, fraction in expected.items():
-        counts = np.bincount(LABELS[splits[name]], minlength=4)
-        assert np.abs(counts - fraction * np.bincount(LABELS)).max() <= 2
+def in_memory(dataset: Dataset) -> Dataset:
+    """The same images as arrays."""
+    splits = {name: Split(array(split.images), split.labels) for name, split in dataset.splits.items()}
+    return dataclasses.replace(dataset, splits=splits)
 
 
-def test_a_limit_keeps_that_many_images_stratified():
-    splits = data.split_indices(LABELS, how(limit=110), seed=0)
-    kept = np.concatenate(list(splits.values()))
-    assert len(set(kept)) == 110
-    np.testing.assert_array_equal(np.bincount(LABELS[kept]), [50, 30, 20, 10])
-
-
-def test_a_limit_beyond_the_images_keeps_them_all():
-    splits = data.split_indices(LABELS, how(limit=10_000), seed=0)
-    assert sum(map(len, splits.values())) == len(LABELS)
-
-
-def test_a_limit_too_small_to_stratify_is_a_study_error():
-    with pytest.raises(StudyError, match="limit"):
-        data.split_indices(LABELS, how(limit=3), seed=0)
-
-
-def test_the_seed_decides_the_splits():
-    first, again, other = (data.split_indices(LABELS, DIGITS, seed) for seed in (0, 0, 1))
-    for name in data.SPLITS:
-        np.testing.assert_array_equal(first[name], again[name])
-    assert set(first["test"]) != set(other["test"])
-
-
-def test_digits_become_grey_images_of_the_wanted_size(built):
-    dataset, indices = built
-    assert dataset.shape == (1, 16, 16)
-    assert dataset.classes == [str(d) for d in range(10)]
-    assert sum(len(split) for split in dataset.splits.values()) == 1797
-    assert dataset.splits["train"].images.dtype == torch.uint8
-    images, labels, _ = data.load_source(DIGITS)
-    for name, split in dataset.splits.items():
-        torch.testing.assert_close(split.images, images[indices[name]], rtol=0, atol=0)
-        torch.testing.assert_close(split.labels, labels[indices[name]], rtol=0, atol=0)
-
-
-def test_digits_keep_their_pixels_at_the_original_size():
-    from sklearn.datasets import load_digits
-
-    images, labels, _ = data.load_source(how(image_size=8))
-    original = load_digits()
-    np.testing.assert_allclose(images[:, 0].double().numpy() * 16 / 255, original.images, atol=0.04)
-    np.testing.assert_array_equal(labels, original.target)
-
-
-def test_the_training_split_alone_is_normalised_to_zero_mean_and_unit_variance(built):
-    dataset, _ = built
-    pixels = dataset.splits["train"].images.double() / 255
-    assert dataset.mean == pytest.approx([float(pixels.mean())])
-    assert dataset.std == pytest.approx([float(pixels.std(correction=0))])
-    inputs = dataset.inputs("train")
-    assert abs(float(inputs.mean())) < 1e-5
-    assert float(inputs.std(correction=0)) == pytest.approx(1, abs=1e-5)
-    assert abs(float(dataset.inputs("test").mean())) > 1e-5  # as it would be with its own statistics
-
-
-def test_inputs_are_the_first_images_of_a_split(built):
-    dataset, _ = built
-    torch.testing.assert_close(dataset.inputs("search", 7), dataset.inputs("search")[:7], rtol=0, atol=0)
+def test_the_training_split_alone_is_normalised_to_zero_mean_and_unit_variance(large):
+    inputs = large.inputs("train")[:]
+    torch.testing.assert_close(inputs.mean((0, 2, 3)), torch.zeros(3), rtol=0, atol=1e-5)
+    torch.testing.assert_close(inputs.std((0, 2, 3), correction=0), torch.ones(3), rtol=0, atol=1e-5)
+    others = large.inputs("test")[:]
+    assert float(others.mean((0, 2, 3)).abs().min()) > 1e-3  # as it would not be with its own statistics
 
 
 def test_normalisation_is_per_channel(dataset):
@@ -105,15 +42,90 @@ def test_normalisation_is_per_channel(dataset):
     torch.testing.assert_close(colour.normalised(white)[0, :, 0, 0], torch.tensor([1.0, 1.0, 0.0]))
 
 
-def test_saving_and_loading_changes_no_bit(built, tmp_path):
-    dataset, _ = built
+def test_a_model_sees_images_as_it_was_trained_with_where_it_says_so(large):
+    assert large.seen_by(Model(architecture="resnet20")) is large
+    mean, std = (0.1, 0.2, 0.3), (0.5, 0.25, 2.0)
+    seen = large.seen_by(Model(architecture="resnet20", mean=mean, std=std))
+    column = [torch.tensor(values).view(3, 1, 1) for values in (mean, std)]
+    by_hand = (large.splits["test"].images[:].float() / 255 - column[0]) / column[1]
+    torch.testing.assert_close(seen.inputs("test")[:], by_hand)
+    assert large.mean != list(mean)  # the data set itself is unchanged
+    with pytest.raises(StudyError, match="mean and std of a model need one value for each of 3 channels"):
+        large.seen_by(Model(architecture="resnet20", mean=(0.5,), std=(0.5,)))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_inputs_of_files_are_those_of_an_array_to_the_bit(large, workers):
+    """Whole, in parts, and the first of them."""
+    images = large.splits["train"].images
+    ahead = dataclasses.replace(images, workers=workers)
+    train = Split(ahead, large.labels("train"))
+    large = dataclasses.replace(large, splits=large.splits | {"train": train})
+    small = in_memory(large)
+    assert large.shape == small.shape == (3, 72, 72)
+    for first in (None, 5, 1000):
+        files, kept = large.inputs("train", first), small.inputs("train", first)
+        assert isinstance(files.images, Files)
+        assert len(files) == len(kept) == min(12 if first is None else first, 12)
+        whole = small.normalised(small.splits["train"].images)[: len(kept)]
+        for inputs in (files, kept):
+            assert torch.equal(inputs[:], whole)
+            assert torch.equal(inputs[2:4], whole[2:4])
+            assert torch.equal(inputs[torch.tensor([4, 0, 0])], whole[[4, 0, 0]])
+            parts = list(inputs.split(5))
+            assert [len(part) for part in parts] == ([5, 5, 2] if len(inputs) == 12 else [5])
+            assert torch.equal(torch.cat(parts), whole)
+
+
+def test_saving_and_loading_changes_no_bit(dataset, tmp_path):
     data.save(dataset, tmp_path / "data.safetensors")
     loaded = data.load(tmp_path / "data.safetensors")
     assert (loaded.classes, loaded.mean, loaded.std) == (dataset.classes, dataset.mean, dataset.std)
-    for name in data.SPLITS:
+    for name in SPLITS:
         assert torch.equal(loaded.splits[name].images, dataset.splits[name].images)
         assert torch.equal(loaded.splits[name].labels, dataset.splits[name].labels)
         assert loaded.splits[name].images.dtype == torch.uint8
+
+
+def test_files_are_saved_by_name_and_found_again_when_the_project_moves(image_folder, tmp_path):
+    project = tmp_path / "here" / "project"
+    image_folder(folder="here/project/data/raw/fruit", apple=9, pear=8, plum=8)
+    image_folder("test", folder="here/project/data/raw/fruit", apple=2, pear=1, plum=1)
+    how = LARGE.model_copy(update={"test": None, "crop": 0.75, "workers": 1})
+    dataset, _ = prepare.build(how, 0, project)
+    path = Store("mine", project).data("prepare", "dataset.safetensors")
+    data.save(dataset, path)
+    assert path.stat().st_size < 10_000
+    before = in_memory(data.load(path))
+    (tmp_path / "elsewhere").mkdir()
+    shutil.move(project, tmp_path / "elsewhere" / "renamed")
+    after = data.load(Store("mine", tmp_path / "elsewhere" / "renamed").data("prepare", "dataset.safetensors"))
+    assert (after.classes, after.mean, after.std) == (dataset.classes, dataset.mean, dataset.std)
+    for name in SPLITS:
+        files, original = after.splits[name].images, dataset.splits[name].images
+        assert (files.names, files.side, files.crop, files.workers) == (original.names, 72, 0.75, 1)
+        assert torch.equal(after.labels(name), dataset.labels(name))
+        assert torch.equal(array(files), before.splits[name].images)
+    assert {split.images.root.name for split in after.splits.values()} == {"train", "test"}
+
+
+def test_files_are_found_from_a_relative_path(large, tmp_path, monkeypatch):
+    """As from a notebook, which runs in the project's root."""
+    monkeypatch.chdir(tmp_path)
+    path = Store("mine").data("prepare", "dataset.safetensors")
+    assert not path.is_absolute()
+    data.save(large, path)
+    assert torch.equal(data.load(path).inputs("search")[:], large.inputs("search")[:])
+
+
+def test_a_file_that_was_damaged_after_preparing_is_named_when_it_is_needed(large):
+    files = large.splits["search"].images
+    damaged = files.root / files.names[3]
+    damaged.write_bytes(damaged.read_bytes()[:300])
+    for workers in (0, 1):
+        inputs = dataclasses.replace(large.inputs("search"), images=dataclasses.replace(files, workers=workers))
+        with pytest.raises(StudyError, match=re.escape(f"{damaged} is not a whole image")):
+            list(inputs.split(2))
 
 
 @pytest.mark.parametrize("epsilons", [[0.0], [0.5], [0.0, 1.0, 5.0]])

@@ -144,6 +144,25 @@ def test_where_nothing_saves_the_network_is_the_original(decomposition, images, 
     assert torch.equal(logits(built.network, images), logits(whole.network, images))
 
 
+@pytest.mark.parametrize("left_out", ["stem", "conv1", "head"])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_layer_that_was_not_measured_stays_as_it_is(decomposition, make, images, tmp_path, left_out, method):
+    """Its module is never called, say: it has neither ranks nor moments, and the others are decomposed without it."""
+    every = decomposition("residual").build(method, 1.0)
+    network = make("residual")
+    found = ranks(network).query("layer != @left_out")
+    moments = input_moments(network, [x for x in countable(network).layers if x.name != left_out], [images])
+    whole = Decomposition(network, found, moments)
+    built = whole.build(method, 1.0)
+    assert built.ranks == {name: form for name, form in every.ranks.items() if name != left_out}
+    assert torch.equal(built.network.get_submodule(left_out).weight, network.get_submodule(left_out).weight)
+    assert left_out not in {layer.name for layer in whole.projected_weights(1.0)}
+    assert left_out not in set(whole.weight_ranks(1.0).layer)
+    decompose.save(built, tmp_path / "small.safetensors")
+    loaded = decompose.load(network, tmp_path / "small.safetensors")
+    assert torch.equal(logits(loaded, images), logits(built.network, images))
+
+
 @pytest.mark.parametrize("name", ["residual", "resnet20", "vit", "vgg11"])
 def test_the_decomposed_network_computes_what_the_projected_weights_compute(decomposition, images, name):
     whole = decomposition(name)
@@ -233,6 +252,17 @@ def test_a_row_of_results_by_hand(make, images):
     assert row["change_low"] < 10 < row["change_high"]
     assert row["parameters"] == sum(p.numel() for p in network.parameters())
     assert row["flops"] == cost.flops(network, images[:1])
+
+
+def test_latency_is_of_both_networks_on_the_same_images_beside_the_flops_that_are_kept(decomposition, images):
+    whole = decomposition("vit")
+    built = whole.build("optimal", 1.0).network.train()
+    result = decompose.latency(whole.network, built, images[:3])
+    assert result["images"] == 3
+    assert min(result["original"], result["decomposed"]) > 0
+    assert not built.training  # dropout and the like take no time where the network is used
+    before, after = (cost.flops(network, images[:1]) for network in (whole.network, built))
+    assert result["flops_kept"] == after / before < 1
 
 
 def test_a_table_of_results_has_no_epsilon_for_the_original():

@@ -11,7 +11,7 @@ from utilized_rank.config import Measure, StudyError
 from utilized_rank.data import Dataset, Split
 from utilized_rank.evaluation import is_correct
 from utilized_rank.layers import countable
-from utilized_rank.measure import Measurement, measure
+from utilized_rank.measure import UNCALLED, Measurement, measure
 from utilized_rank.models import classifier
 from utilized_rank.projection import bases, projected, replaced
 from utilized_rank.runtime import autocast
@@ -32,7 +32,7 @@ def with_labels_of(network: nn.Module, images: Tensor) -> Dataset:
     unlabelled = Split(pixels, torch.zeros(len(images), dtype=torch.int64))
     dataset = Dataset({"train": unlabelled, "search": unlabelled}, [], mean.tolist(), std.tolist())
     with torch.no_grad():
-        logits = network(dataset.inputs("search"))
+        logits = network(dataset.inputs("search")[:])
         classifier(network).bias -= logits.mean(0)  # no class ahead of the others: predictions differ
     said = (logits - logits.mean(0)).argmax(1)
     wrong = torch.arange(len(said)) % 5 == 0
@@ -207,7 +207,7 @@ def test_a_planted_subspace_is_found_by_the_rank_search(k, criterion, generator)
     unlabelled = Split(pixels, torch.zeros(2000, dtype=torch.int64))
     dataset = Dataset({"train": unlabelled, "search": unlabelled}, [], [0.5], [0.3])
     with torch.inference_mode():
-        said = network(dataset.inputs("search")).argmax(1)
+        said = network(dataset.inputs("search")[:]).argmax(1)
     dataset = dataclasses.replace(dataset, splits={"train": unlabelled, "search": Split(pixels, said)})
     how = Measure(calibration_images=2000, epsilons=[0.0], criterion=criterion, precision="float32")
     rows = measure(network, dataset, how).layers.set_index("layer")
@@ -241,6 +241,29 @@ def test_depthwise_convolutions_are_left_out_with_the_reason(images):
     result = measure(network, with_labels_of(network, images), MEASURE)
     assert set(result.layers.layer) == {"2"}
     assert result.left_out == {"0": "depthwise convolution: one channel a group"}
+
+
+class Uncalled(nn.Module):
+    """One layer is not used, and of another the weight is read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.spare = nn.Conv2d(3, 4, 3, stride=3), nn.Conv2d(4, 4, 1)
+        self.read, self.head = nn.Linear(16, 16), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head((self.stem(x).flatten(1) @ self.read.weight).relu())
+
+
+@pytest.mark.parametrize("criterion", ["rank", "utilized", "energy"])
+def test_layers_that_are_never_called_are_left_out_with_the_reason_and_have_no_moments(images, criterion):
+    torch.manual_seed(0)
+    network = Uncalled().eval()
+    parameters = MEASURE.model_copy(update={"criterion": criterion})
+    result = measure(network, with_labels_of(network, images), parameters)
+    assert result.left_out == {"spare": UNCALLED, "read": UNCALLED}
+    assert list(result.layers.layer.unique()) == list(result.moments) == ["stem", "head"]
+    assert set(result.evaluations.layer) <= {"stem", "head"}
 
 
 def test_an_epsilon_finer_than_one_image_is_refused_before_any_work(make, images):

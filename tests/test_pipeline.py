@@ -7,11 +7,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import matplotlib as mpl
 import nbformat
 import pytest
 from ruamel.yaml import YAML
 
+from utilized_rank import overview
 from utilized_rank.config import parse_study
+from utilized_rank.figures import style
+from utilized_rank.store import read_json, read_table
 
 ROOT = Path(__file__).parents[1]
 VGG = {"architecture": "vgg11", "width": 0.0625}
@@ -24,8 +28,8 @@ STUDY = {
         "source": "sklearn",
         "dataset": "digits",
         "image_size": 32,
-        "search_fraction": 0.25,
-        "test_fraction": 0.25,
+        "search": 0.25,
+        "test": 0.25,
         "limit": 64,
     },
     "pretrained": {"tiny_simclr": {"method": "simclr", "model": VGG, "epochs": 2, "batch_size": 16}},
@@ -44,6 +48,7 @@ STUDY = {
     "comparisons": {
         "tiny": {"label": "VGG11", "supervised": "tiny_vgg", "linear": "tiny_ssl", "finetuned": "tiny_ssl"}
     },
+    "notes": ["Cut: two epochs."],
 }
 
 
@@ -76,7 +81,9 @@ def started(output: str) -> list[str]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    """Every file but the latencies, which another execution measures anew."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "latencies.html"]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +111,7 @@ def test_every_stage_leaves_its_results(project):
 
 def test_the_index_shows_every_figure_and_links_every_page_and_asks_no_other_host(project):
     report = project / "reports/tiny"
-    for page in [report / "index.html", *report.glob("notebooks/*.html")]:
+    for page in [project / "reports/index.html", *report.glob("*.html"), *report.glob("notebooks/*.html")]:
         text = page.read_text()
         assert "<script" not in text
         for target in re.findall(r'(?:src|href)="([^"#]+)"', text):
@@ -113,6 +120,36 @@ def test_the_index_shows_every_figure_and_links_every_page_and_asks_no_other_hos
     for figure in report.glob("figures/*.svg"):
         assert f'src="figures/{figure.name}"' in index
     assert len([*report.glob("notebooks/*.html")]) == 11
+    assert 'href="../index.html"' in index
+    assert "<li>Cut: two epochs.</li>" in index
+    assert "<li>Cut: only 64 images" in index
+
+
+def test_latencies_lie_on_a_page_of_their_own_which_dvc_does_not_track(project):
+    page = (project / "reports/tiny/latencies.html").read_text()
+    assert [page.count(f">{run['label']}<") for run in STUDY["runs"].values()] == [3, 3]  # methods, one tolerance
+    assert '<iframe src="latencies.html"' in (project / "reports/tiny/index.html").read_text()
+    lock = (project / "dvc.lock").read_text()
+    assert "latencies" not in lock
+    assert "timings" not in lock
+
+
+def test_every_stage_leaves_its_time_and_its_peak_of_memory(project):
+    executed = {path.stem for path in (project / "data/tiny/executed").glob("*.ipynb")}
+    timings = {path.stem: read_json(path) for path in (project / "data/tiny/timings").glob("*.json")}
+    assert timings.keys() == executed
+    assert all(took["seconds"] > 1 and 50 < took["peak_memory_mib"] < 50_000 for took in timings.values())
+
+
+def test_the_overview_is_written_again_from_the_reports_alone(project, tmp_path):
+    made = {path.name: path.read_bytes() for path in (project / "reports").iterdir() if path.is_file()}
+    assert made.keys() == {"index.html", "utilization.svg", "utilization.csv", "claims.csv"}
+    assert b'<a href="tiny/index.html">a shrunken study</a>, 2 networks' in made["index.html"]
+    shutil.copytree(project / "reports/tiny", tmp_path / "reports/tiny")
+    with mpl.rc_context():
+        style.use()
+        overview.write(tmp_path)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "reports").iterdir() if path.is_file()} == made
 
 
 def test_formulas_are_mathml(project):
@@ -123,7 +160,7 @@ def test_formulas_are_mathml(project):
 
 def test_the_report_records_where_it_came_from(project):
     record = (project / "reports/tiny/provenance.json").read_text()
-    for key in ("code", "parameters", "data", "seed", "threads", "processor", "packages", "precision"):
+    for key in ("title", "code", "parameters", "data", "seed", "threads", "processor", "packages", "precision"):
         assert f'"{key}"' in record
 
 
@@ -133,8 +170,12 @@ def test_a_second_repro_does_nothing(project):
 
 def test_stages_repeat_to_the_same_bytes(project):
     before = contents(project / "reports"), (project / "dvc.lock").read_text()
-    command(project, "dvc", "repro", "--force", "--single-item", "train@tiny_ssl", "measure@tiny_vgg", "report")
+    stages = ["train@tiny_ssl", "measure@tiny_vgg", "decompose@tiny_ssl", "report"]
+    command(project, "dvc", "repro", "--force", "--single-item", *stages)
     assert (contents(project / "reports"), (project / "dvc.lock").read_text()) == before
+    shown = (project / "reports/tiny/latencies.html").read_text()
+    for milliseconds in 1000 * read_table(project / "data/tiny/timings/latencies-tiny_ssl.csv").decomposed:
+        assert f"<td>{milliseconds:,.2f}</td>" in shown
 
 
 def test_a_changed_fine_tuning_rate_concerns_that_fine_tuning_alone(project):

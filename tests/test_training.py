@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from utilized_rank import training
 from utilized_rank.config import Augmentation, Model, Recipe
-from utilized_rank.data import Dataset
+from utilized_rank.data import Dataset, Split
 from utilized_rank.models import build
 
 RECIPE = Recipe(epochs=4, lr=0.01, batch_size=16, weight_decay=0.0, warmup_epochs=1)
@@ -30,21 +30,25 @@ def small_network() -> nn.Module:
 
 
 class Regression:
-    """y = X w with a known w: what :func:`training.fit` is to find."""
+    """y = X w with a known w, which :func:`training.fit` is to find: the rows of X as images, their numbers as labels.
+
+    It is found only where images and labels belong together.
+    """
 
     def __init__(self) -> None:
         generator = torch.Generator().manual_seed(0)
         self.x = torch.randn(64, 5, generator=generator)
         self.truth = torch.randn(5, 1, generator=generator)
         self.w = nn.Parameter(torch.zeros(5, 1))
+        self.split = Split(self.x, torch.arange(64))
         self.batches: list[Tensor] = []
 
-    def __call__(self, batch: Tensor) -> Tensor:
-        self.batches.append(batch)
-        return (self.x[batch] @ (self.w - self.truth)).square().mean()
+    def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
+        self.batches.append(labels)
+        return (images @ self.w - self.x[labels] @ self.truth).square().mean()
 
     def fit(self, how: Recipe, **rest: object):
-        return training.fit([self.w], self, len(self.x), how, seeded(), **rest)
+        return training.fit([self.w], self, self.split, how, seeded(), **rest)
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
@@ -80,13 +84,13 @@ def test_the_curve_is_the_mean_loss_of_each_epoch_and_what_is_watched():
     problem = Regression()
     values: list[float] = []
 
-    def loss(batch: Tensor) -> Tensor:
-        value = problem(batch)
+    def loss(images: Tensor, labels: Tensor) -> Tensor:
+        value = problem(images, labels)
         values.append(value.item())
         return value
 
     watch = lambda: {"seen": len(values)}  # noqa: E731
-    curve = training.fit([problem.w], loss, 64, recipe(epochs=3), seeded(), after_epoch=watch)
+    curve = training.fit([problem.w], loss, problem.split, recipe(epochs=3), seeded(), after_epoch=watch)
     assert curve.epoch.tolist() == [1, 2, 3]
     assert curve.seen.tolist() == [4, 8, 12]
     np.testing.assert_allclose(curve.loss, np.reshape(values, (3, 4)).mean(1))
@@ -96,8 +100,8 @@ def test_weights_decay_but_vectors_and_frozen_parameters_do_not():
     matrix, vector = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2))
     frozen = nn.Parameter(torch.ones(2, 2), requires_grad=False)
     parameters = [matrix, vector, frozen]
-    flat = lambda batch: sum(p.sum() for p in parameters) * 0  # noqa: E731
-    training.fit(parameters, flat, 32, recipe(weight_decay=0.1), seeded())
+    flat = lambda images, labels: sum(p.sum() for p in parameters) * 0  # noqa: E731
+    training.fit(parameters, flat, Regression().split, recipe(weight_decay=0.1), seeded())
     assert bool((matrix < 1).all())
     assert torch.equal(vector, torch.ones(2))
     assert torch.equal(frozen, torch.ones(2, 2))
@@ -106,14 +110,14 @@ def test_weights_decay_but_vectors_and_frozen_parameters_do_not():
 def test_precision_is_that_of_the_arithmetic_in_the_loss():
     seen = set()
 
-    def loss(batch: Tensor) -> Tensor:
-        product = problem.x @ problem.w
+    def loss(images: Tensor, labels: Tensor) -> Tensor:
+        product = images @ problem.w
         seen.add(product.dtype)
         return product.float().square().mean()
 
     problem = Regression()
     for precision in ("float32", "bfloat16"):
-        training.fit([problem.w], loss, 64, recipe(epochs=1), seeded(), precision)
+        training.fit([problem.w], loss, problem.split, recipe(epochs=1), seeded(), precision)
     assert seen == {torch.float32, torch.bfloat16}
     assert problem.w.dtype == torch.float32
 
@@ -121,12 +125,12 @@ def test_precision_is_that_of_the_arithmetic_in_the_loss():
 def test_a_loss_that_is_not_finite_names_the_epoch():
     problem = Regression()
 
-    def loss(batch: Tensor) -> Tensor:
-        value = problem(batch)
+    def loss(images: Tensor, labels: Tensor) -> Tensor:
+        value = problem(images, labels)
         return value * float("nan") if len(problem.batches) > 8 else value
 
     with pytest.raises(FloatingPointError, match=r"probe: the loss is not finite in epoch 3"):
-        training.fit([problem.w], loss, 64, RECIPE, seeded(), title="probe")
+        training.fit([problem.w], loss, problem.split, RECIPE, seeded(), title="probe")
 
 
 def run(method: str, network: nn.Module, dataset: Dataset, how: Recipe = RECIPE, seed: int = 0):
@@ -175,7 +179,7 @@ def test_a_linear_probe_is_softmax_regression_on_the_features(dataset):
     """The curve's last accuracy is that of the whole network."""
     network = small_network()
     curve = run("linear", network, dataset)
-    logits = network.eval()(dataset.inputs("search"))
+    logits = network.eval()(dataset.inputs("search")[:])
     accuracy = 100 * float((logits.argmax(1) == dataset.labels("search")).float().mean())
     assert curve.search_accuracy.iloc[-1] == pytest.approx(accuracy)
 

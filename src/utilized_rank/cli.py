@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .config import StudyError, load_study, project_root
+from .config import StudyError, composed, load_study, project_root
 
 # jsonschema, which reading a notebook imports, would spend a second on the grammar of internationalised
 # addresses. No notebook has one, and every stage would pay.
@@ -31,6 +31,20 @@ def check() -> None:
     strip_all(root)
     for path in prune(study, root):
         typer.echo(f"removed {path.relative_to(root)}: its run is no longer in study {study.name}")
+
+
+@app.command()
+def plan(
+    name: Annotated[str | None, typer.Argument(help="a study of conf/study; that of params.yaml by default")] = None,
+) -> None:
+    """Print what a study will take, before anything runs."""
+    from .plan import plan as planned
+    from .plan import text
+
+    root = project_root()
+    study = load_study(root) if name is None else composed(name, root)
+    typer.echo(f"study {study.name}: {study.title}")
+    typer.echo(text(planned(study, root)))
 
 
 @app.command()

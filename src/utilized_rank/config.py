@@ -7,16 +7,26 @@ range stops the first stage that runs, before it has done any work.
 from __future__ import annotations
 
 import difflib
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 Positive = Annotated[int, Field(gt=0)]
-Fraction = Annotated[float, Field(gt=0, lt=1)]
+
+
+def _fraction_or_number(amount: float) -> float:
+    if amount >= 1 and amount != int(amount):
+        raise ValueError("a fraction is below 1, a number is whole")
+    return amount
+
+
+Amount = Annotated[float, Field(gt=0), AfterValidator(_fraction_or_number)]
+"""A number of images, or below 1 a part of them."""
 Percent = Annotated[float, Field(ge=0, le=100)]
 # A run's name becomes a DVC stage name and a file name; DVC cannot resolve a dot in it.
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
@@ -38,27 +48,47 @@ class Section(BaseModel):
 class Data(Section):
     """Which images, at which size, and how they are split."""
 
-    source: Literal["sklearn"]
-    dataset: Literal["digits"]
-    image_size: Annotated[int, Field(ge=8, le=64)]
-    search_fraction: Fraction
-    """Part of all images held out of training for the rank search."""
-    test_fraction: Fraction
-    """Part of all images used for reported numbers only."""
+    source: Literal["sklearn", "torchvision", "folder"]
+    dataset: str
+    """``digits``; ``FashionMNIST``, ``CIFAR10`` or ``CIFAR100``; or the folder's path, from the project's root."""
+    image_size: Annotated[int, Field(ge=8)]
+    """Pixels on a side, to which every image is brought."""
+    crop: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Part of the shorter side that is kept, around the centre (folder)."""
+    search: Amount = 0.2
+    """Images held out of training for the rank search: how many, or which part of those that can be split."""
+    test: Amount | None = None
+    """Likewise for reported numbers only; null where the source has test images of its own."""
     limit: Positive | None = None
     """Keep this many images, stratified (a shrunken study for tests); all where it is null."""
+    workers: Annotated[int, Field(ge=0)] = 2
+    """Processes that decode images ahead (folder)."""
 
     @model_validator(mode="after")
-    def _something_left_to_train_on(self) -> Data:
-        if self.search_fraction + self.test_fraction >= 1:
-            raise ValueError("search_fraction + test_fraction must leave something to train on")
+    def _can_be_had(self) -> Data:
+        known = {"sklearn": ["digits"], "torchvision": ["FashionMNIST", "CIFAR10", "CIFAR100"]}.get(self.source)
+        if known is not None and self.dataset not in known:
+            raise ValueError(f"{self.source} has no {self.dataset!r}{_suggestion(self.dataset, known)}")
+        if self.test is not None and self.search < 1 and self.test < 1 and self.search + self.test >= 1:
+            raise ValueError("search + test must leave something to train on")
         return self
+
+
+OWN_ARCHITECTURES = ("vgg11", "resnet20", "vit")
+
+
+def _architecture(name: str) -> str:
+    if name not in OWN_ARCHITECTURES and not name.startswith(("timm/", "torchvision/")):
+        known = [*OWN_ARCHITECTURES, "timm/NAME", "torchvision/NAME"]
+        raise ValueError(f"there is no {name!r}{_suggestion(name, known)}")
+    return name
 
 
 class Model(Section):
     """An architecture and its size."""
 
-    architecture: Literal["vgg11", "resnet20", "vit"]
+    architecture: Annotated[str, AfterValidator(_architecture)]
+    """``vgg11``, ``resnet20`` or ``vit``; ``timm/NAME`` or ``torchvision/NAME``."""
     width: Annotated[float, Field(gt=0)] = 1.0
     """Channels, as a multiple of the published network's (vgg11, resnet20)."""
     dim: Positive = 96
@@ -69,12 +99,25 @@ class Model(Section):
     """Attention heads (vit)."""
     patch_size: Positive = 8
     """Pixels on a side of one token (vit)."""
+    blocks: Positive | None = None
+    """Keep the first so many transformer blocks (timm, torchvision); all where it is null."""
+    mean: tuple[float, ...] | None = None
+    """What each channel is normalised with, in [0, 1]; that of the training images where it is null."""
+    std: tuple[Annotated[float, Field(gt=0)], ...] | None = None
 
     @model_validator(mode="after")
     def _heads_divide_dim(self) -> Model:
         if self.dim % self.heads:
             raise ValueError(f"dim {self.dim} is not a multiple of heads {self.heads}")
+        if (self.mean is None) != (self.std is None):
+            raise ValueError("mean and std belong together")
         return self
+
+    @property
+    def layout(self) -> Model:
+        """What networks have in common that differ in their weights: timm names those behind a dot."""
+        architecture = self.architecture.partition(".")[0]
+        return self.model_copy(update={"architecture": architecture, "mean": None, "std": None})
 
 
 class Augmentation(Section):
@@ -110,16 +153,27 @@ class Recipe(Section):
 class Pretrained(Recipe):
     """Weights to start from: made here by self-supervision, or read from a given checkpoint."""
 
-    method: Literal["simclr", "checkpoint"]
+    method: Literal["simclr", "mae", "checkpoint", "published"]
+    """Made here without labels; read from a file; or what timm or torchvision publishes for the architecture."""
     model: Model
+    title: str | None = None
+    """What these weights are called in tables; the method's name where it is null."""
+    supervision: Literal["supervised", "self-supervised", "weakly supervised"] | None = None
+    """How they were made (checkpoint, published); those made here are self-supervised."""
     epochs: Positive = 1
     lr: Annotated[float, Field(gt=0)] = 1e-3
     temperature: Annotated[float, Field(gt=0)] = 0.2
     """Of the contrastive loss (simclr)."""
     projection_dim: Positive = 64
     """Width of the projection head's output (simclr)."""
+    mask_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.75
+    """Part of the tokens that are hidden (mae)."""
+    decoder_depth: Positive = 2
+    """Transformer blocks of the decoder, which is as wide as the encoder (mae)."""
+    weights: str | None = None
+    """The name that torchvision gives them; timm's is a part of the architecture's name (published)."""
     file: str | None = None
-    """A safetensors file (checkpoint)."""
+    """A safetensors file, or one that torch.load reads (checkpoint)."""
     sha256: str | None = None
     """The file's SHA-256, so that another file under its name is noticed (checkpoint)."""
 
@@ -128,7 +182,16 @@ class Pretrained(Recipe):
         given = [value is not None for value in (self.file, self.sha256)]
         if given != 2 * [self.method == "checkpoint"]:
             raise ValueError("file and sha256 belong to method: checkpoint, and it needs both")
+        if self.weights is not None and self.method != "published":
+            raise ValueError("weights belongs to method: published")
+        if (self.supervision is None) != (self.method in ("simclr", "mae")):
+            raise ValueError("supervision belongs to method: checkpoint and published, which need it")
         return self
+
+    @property
+    def name(self) -> str:
+        """In tables."""
+        return self.title or {"simclr": "SimCLR", "mae": "MAE"}.get(self.method, self.method)
 
 
 class Train(Recipe):
@@ -167,6 +230,8 @@ class Measure(Section):
     """Rows that a layer's second moment is taken over, as a multiple of its input width m; all where it is null."""
     batch_size: Positive = 128
     """Images a batch in the moment pass."""
+    qkv: Literal["fused", "split"] = "fused"
+    """Count the common projection of queries, keys and values as one layer or as three."""
     memory: Positive = 2048
     """MiB that the rank search may use to keep what flows into a layer."""
 
@@ -189,6 +254,8 @@ class Decompose(Section):
     """Images at a time, where latency is measured."""
     sweep_points: Annotated[int, Field(ge=2)] = 8
     """Kept dimensions tried for each curve of Figure 1."""
+    sweep_images: Positive = 2000
+    """Search images that the curves of Figure 1 are taken over (all of them where there are fewer)."""
 
     @model_validator(mode="after")
     def _finetunes_what_it_builds(self) -> Decompose:
@@ -210,6 +277,19 @@ class Comparison(Section):
         return {"supervised": self.supervised, "linear": self.linear, "finetuned": self.finetuned}
 
 
+class Repeats(Section):
+    """Runs that differ in their random numbers alone."""
+
+    label: str
+    runs: Annotated[list[Name], Field(min_length=2)]
+
+    @model_validator(mode="after")
+    def _runs_differ(self) -> Repeats:
+        if len(set(self.runs)) < len(self.runs):
+            raise ValueError(f"runs {self.runs} names one twice")
+        return self
+
+
 class Study(Section):
     """All parameters of a study."""
 
@@ -226,6 +306,9 @@ class Study(Section):
     measure: Measure
     decompose: Decompose
     comparisons: dict[Name, Comparison] = {}
+    repeats: dict[Name, Repeats] = {}
+    notes: list[str] = []
+    """What was cut, and other choices of this study: the report lists them."""
 
     @model_validator(mode="after")
     def _parts_fit_together(self) -> Study:
@@ -249,13 +332,25 @@ class Study(Section):
                 yield _undefined(where, run.pretrained, self.pretrained)
             elif run.train.method != "supervised":
                 yield f"{where} is none, so train.method must be supervised"
+        labels = [run.label for run in self.runs.values()]
+        for label in sorted({label for label in labels if labels.count(label) > 1}):
+            yield f"runs: {labels.count(label)} of them have the label {label!r}, and tables could not tell them apart"
         for name, comparison in self.comparisons.items():
             kinds = comparison.runs()
             unknown = {kind: run for kind, run in kinds.items() if run not in self.runs}
             for kind, run_name in unknown.items():
                 yield _undefined(f"comparisons.{name}.{kind}", run_name, self.runs)
-            if not unknown and len({self.runs[run].model for run in kinds.values()}) > 1:
+            if not unknown and len({self.runs[run].model.layout for run in kinds.values()}) > 1:
                 yield f"comparisons.{name}: its runs do not share one model"
+        for name, repeats in self.repeats.items():
+            missing = [run for run in repeats.runs if run not in self.runs]
+            yield from (_undefined(f"repeats.{name}.runs", run, self.runs) for run in missing)
+            if not missing and len({_but_label(self.runs[run]) for run in repeats.runs}) > 1:
+                yield f"repeats.{name}: its runs differ in more than their labels"
+
+
+def _but_label(run: Run) -> Run:
+    return run.model_copy(update={"label": ""})
 
 
 def _misfit(where: str, model: Model, side: int) -> Iterator[str]:
@@ -270,8 +365,9 @@ def _undefined(where: str, name: str, known: dict[str, Any]) -> str:
 
 
 def _suggestion(word: str, known: Iterator[str] | dict[str, Any] | list[str]) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else f" (known: {', '.join(sorted(known))})"
+    lower = {name.lower(): name for name in known}
+    close = difflib.get_close_matches(word.lower(), list(lower), n=1, cutoff=0.5)
+    return f"; did you mean {lower[close[0]]!r}?" if close else f" (known: {', '.join(sorted(known))})"
 
 
 def project_root() -> Path:
@@ -303,6 +399,22 @@ def load_study(root: Path | None = None) -> Study:
     except YAMLError as error:
         raise StudyError(f"{path.name} is not valid YAML: {error}") from error
     return parse_study(values)
+
+
+def composed(name: str, root: Path) -> Study:
+    """The study in ``conf/study/<name>.yaml``, whatever ``params.yaml`` holds.
+
+    Raises:
+        StudyError: there is no such study, or as :func:`load_study`.
+    """
+    from dvc.utils.hydra import compose_and_dump
+
+    known = sorted(path.stem for path in (root / "conf" / "study").glob("*.yaml"))
+    if name not in known:
+        raise StudyError(f"conf/study has no {name!r}{_suggestion(name, known)}")
+    with tempfile.TemporaryDirectory() as folder:
+        compose_and_dump(f"{folder}/params.yaml", str(root.absolute() / "conf"), None, "config", "", [f"study={name}"])
+        return load_study(Path(folder))
 
 
 def parse_study(values: Any) -> Study:

@@ -1,34 +1,23 @@
-"""Images: read from their source, split once, kept as one array, augmented in batches."""
+"""A data set in its splits: normalised when a batch is asked for, augmented in batches."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import config
+from .images import Files, Images, Split, stream
 from .store import read_tensors, write_tensors
 
 SPLITS = ("train", "search", "test")
-
-
-@dataclass(frozen=True)
-class Split:
-    """Some of a data set's images."""
-
-    images: Tensor
-    """uint8, (N, C, H, W)."""
-    labels: Tensor
-    """int64, (N,)."""
-
-    def __len__(self) -> int:
-        return len(self.labels)
 
 
 @dataclass(frozen=True)
@@ -53,50 +42,50 @@ class Dataset:
         std = torch.tensor(self.std).view(-1, 1, 1)
         return (images.float() / 255 - mean) / std
 
-    def inputs(self, split: str, first: int | None = None) -> Tensor:
+    def seen_by(self, model: config.Model) -> Dataset:
+        """The same images, normalised as ``model`` was trained with where it says so."""
+        if model.mean is None or model.std is None:
+            return self
+        channels = self.shape[0]
+        if not len(model.mean) == len(model.std) == channels:
+            raise config.StudyError(f"mean and std of a model need one value for each of {channels} channels")
+        return replace(self, mean=list(model.mean), std=list(model.std))
+
+    def inputs(self, split: str, first: int | None = None) -> Inputs:
         """The normalised images of a split (its first ``first`` of them)."""
-        return self.normalised(self.splits[split].images[:first])
+        images = self.splits[split].images
+        return Inputs(self, images, len(images) if first is None else min(first, len(images)))
 
     def labels(self, split: str) -> Tensor:
         """The labels of a split, int64 (N,)."""
         return self.splits[split].labels
 
 
-def load_source(data: config.Data) -> tuple[Tensor, Tensor, list[str]]:
-    """All images (uint8, N x C x H x W), their labels, and the classes' names."""
-    from sklearn.datasets import load_digits  # only preparing needs it, and it takes a second to import
+@dataclass(frozen=True)
+class Inputs:
+    """Normalised images, float32 (N, C, H, W): a part of them is made when it is asked for, as if of a tensor."""
 
-    digits = load_digits()
-    images = torch.from_numpy(digits.images / 16).float().unsqueeze(1)  # (N, 1, 8, 8) in [0, 1]
-    side = data.image_size
-    images = F.interpolate(images, size=(side, side), mode="bilinear", align_corners=False)
-    return (images * 255).round().byte(), torch.from_numpy(digits.target).long(), [str(d) for d in range(10)]
+    dataset: Dataset
+    images: Images
+    count: int
+    """Of the first images: these are meant."""
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, which: Tensor | slice) -> Tensor:
+        """Some of them."""
+        rows = torch.arange(self.count)[which]
+        return self.dataset.normalised(self.images[rows])
+
+    def split(self, size: int) -> Iterator[Tensor]:
+        """All of them, so many at a time."""
+        for batch in stream(self.images, torch.arange(self.count).split(size)):
+            yield self.dataset.normalised(batch)
 
 
-def split_indices(labels: np.ndarray, data: config.Data, seed: int) -> dict[str, np.ndarray]:
-    """Stratified indices of each split, ascending for search and test, shuffled for train.
-
-    The search split is carved from what is not test: selecting a rank never sees a test image.
-
-    Raises:
-        StudyError: there are too few images for a split to have every class.
-    """
-    from sklearn.model_selection import train_test_split
-
-    indices = np.arange(len(labels))
-    classes = len(set(labels.tolist()))
-    fewest = math.ceil(classes / min(data.search_fraction, data.test_fraction))
-    if min(data.limit or len(labels), len(labels)) < fewest:
-        raise config.StudyError(
-            f"{data.limit or len(labels)} images are too few: every split needs one of each of {classes} classes, so "
-            f"data.limit must be at least {fewest}"
-        )
-    if data.limit is not None and data.limit < len(labels):
-        indices, _ = train_test_split(indices, train_size=data.limit, stratify=labels, random_state=seed)
-    rest, test = train_test_split(indices, test_size=data.test_fraction, stratify=labels[indices], random_state=seed)
-    search_fraction = data.search_fraction / (1 - data.test_fraction)
-    train, search = train_test_split(rest, test_size=search_fraction, stratify=labels[rest], random_state=seed)
-    return {"train": train, "search": np.sort(search), "test": np.sort(test)}
+Batches = Tensor | Inputs
+"""Normalised images, (N, C, H, W), at hand or made when they are asked for."""
 
 
 def check_resolution(images: int, epsilons: list[float]) -> None:
@@ -110,34 +99,38 @@ def check_resolution(images: int, epsilons: list[float]) -> None:
         if 0 < epsilon < finest:
             raise config.StudyError(
                 f"measure.epsilons has {epsilon:g} points, but one of the {images} search images is worth "
-                f"{finest:.2g} points: use 0 or at least that, or enlarge data.search_fraction"
+                f"{finest:.2g} points: use 0 or at least that, or enlarge data.search"
             )
 
 
-def build(data: config.Data, seed: int) -> tuple[Dataset, dict[str, list[int]]]:
-    """Load, split and describe a data set; returns it and the indices of each split in its source."""
-    images, labels, classes = load_source(data)
-    indices = split_indices(labels.numpy(), data, seed)
-    splits = {name: Split(images[rows], labels[rows]) for name, rows in indices.items()}
-    pixels = splits["train"].images.double() / 255
-    mean, std = pixels.mean((0, 2, 3)), pixels.std((0, 2, 3), correction=0).clamp_min(1e-3)
-    dataset = Dataset(splits, classes, mean.tolist(), std.tolist())
-    return dataset, {name: rows.tolist() for name, rows in indices.items()}
-
-
 def save(dataset: Dataset, path: Path) -> None:
-    """Write a data set as one safetensors file."""
-    tensors = {f"{name}.images": split.images for name, split in dataset.splits.items()}
-    tensors |= {f"{name}.labels": split.labels for name, split in dataset.splits.items()}
-    described: dict[str, Any] = {"classes": dataset.classes, "mean": dataset.mean, "std": dataset.std}
+    """Write a data set as one safetensors file: its images, or the names of their files."""
+    tensors = {f"{name}.labels": split.labels for name, split in dataset.splits.items()}
+    described: dict[str, Any] = {"classes": dataset.classes, "mean": dataset.mean, "std": dataset.std, "files": {}}
+    for name, split in dataset.splits.items():
+        if isinstance(split.images, Tensor):
+            tensors[f"{name}.images"] = split.images
+            continue
+        files = split.images
+        tensors[f"{name}.names"] = torch.frombuffer(bytearray("\n".join(files.names).encode()), dtype=torch.uint8)
+        folder = os.path.relpath(files.root.absolute(), path.parent.absolute())
+        described["files"][name] = [folder, files.side, files.crop, files.workers]
     write_tensors(path, tensors, described)
 
 
 def load(path: Path) -> Dataset:
     """Read what :func:`save` wrote."""
     tensors, described = read_tensors(path)
-    splits = {name: Split(tensors[f"{name}.images"], tensors[f"{name}.labels"]) for name in SPLITS}
-    return Dataset(splits, **described)
+
+    def images(name: str) -> Images:
+        if name not in described["files"]:
+            return tensors[f"{name}.images"]
+        folder, *how = described["files"][name]
+        names = tensors[f"{name}.names"].numpy().tobytes().decode().split("\n")
+        return Files(path.parent / folder, names, *how)
+
+    splits = {name: Split(images(name), tensors[f"{name}.labels"]) for name in SPLITS}
+    return Dataset(splits, described["classes"], described["mean"], described["std"])
 
 
 def augment(images: Tensor, how: config.Augmentation, generator: torch.Generator) -> Tensor:

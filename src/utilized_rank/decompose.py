@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from . import cost
+from .data import Batches
 from .evaluation import features, is_correct, outputs
 from .intervals import paired_change
 from .layers import Layer, countable
@@ -62,7 +63,7 @@ class Decomposition:
     ) -> None:
         self.network = network
         self.images = images
-        self.layers = {layer.name: layer for layer in countable(network).layers}
+        self.layers = {layer.name: layer for layer in countable(network).layers if layer.name in moments}
         self.ranks = layers
         self.moments = moments
         self.bases: dict[str, tuple[Subspace, Subspace]] = {
@@ -121,7 +122,7 @@ class Decomposition:
         return pd.DataFrame(rows)
 
 
-def agreement(network: nn.Module, weights: dict[Layer, Tensor], inputs: Tensor) -> float:
+def agreement(network: nn.Module, weights: dict[Layer, Tensor], inputs: Batches) -> float:
     """Relative error of the logits when ``weights`` stand in for the network's own: ||z - z'|| / ||z||."""
     before = outputs(network, inputs)
     with replaced(weights):
@@ -129,7 +130,7 @@ def agreement(network: nn.Module, weights: dict[Layer, Tensor], inputs: Tensor) 
     return float((before - after).norm() / before.norm())
 
 
-def assess(network: nn.Module, inputs: Tensor, labels: Tensor, reference: np.ndarray, **about: Any) -> dict[str, Any]:
+def assess(network: nn.Module, inputs: Batches, labels: Tensor, reference: np.ndarray, **about: Any) -> dict[str, Any]:
     """One row of a results table: accuracy, its change against ``reference`` and what the network costs.
 
     Args:
@@ -151,6 +152,13 @@ def assess(network: nn.Module, inputs: Tensor, labels: Tensor, reference: np.nda
         "parameters": cost.parameters(network),
         "flops": cost.flops(network, inputs[:1]),
     }
+
+
+def latency(original: nn.Module, decomposed: nn.Module, images: Tensor) -> dict[str, float]:
+    """How long both networks take for ``images``, in seconds, and the FLOPs of the second over those of the first."""
+    before, after = cost.latencies([original, decomposed.eval()], images)
+    kept = cost.flops(decomposed, images[:1]) / cost.flops(original, images[:1])
+    return {"images": len(images), "original": before, "decomposed": after, "flops_kept": kept}
 
 
 def results_table(rows: list[dict[str, Any]]) -> pd.DataFrame:

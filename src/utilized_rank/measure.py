@@ -11,13 +11,15 @@ from tqdm import tqdm
 
 from . import config
 from .data import Dataset, check_resolution
-from .layers import Layer, Selection, countable
+from .layers import Layer, countable
 from .moments import Budget, Moments, input_moments
 from .projection import bases
 from .rank_search import Ranks, search, search_energy, search_utilized
 from .runtime import resolved
 from .subspaces import Subspace
 from .trials import Trials
+
+UNCALLED = "its module is never called: the network reads its weight, or does not use it"
 
 
 @dataclass(frozen=True)
@@ -49,15 +51,18 @@ def measure(network: nn.Module, dataset: Dataset, parameters: config.Measure) ->
         FloatingPointError: a layer receives NaN or Inf.
     """
     check_resolution(len(dataset.splits["search"]), parameters.epsilons)
-    selection: Selection = countable(network)
+    selection = countable(network)
     calibration = dataset.inputs("train", parameters.calibration_images)
     budget = None if parameters.rows is None else Budget(parameters.rows, len(calibration))
     moments = input_moments(network, selection.layers, calibration.split(parameters.batch_size), budget)
+    uncalled = {layer.name: UNCALLED for layer in selection.layers if not moments[layer.name].count}
+    layers = [layer for layer in selection.layers if layer.name not in uncalled]
+    moments = {layer.name: moments[layer.name] for layer in layers}
     trials = Trials(
         network, dataset.inputs("search"), dataset.labels("search"), parameters.memory, parameters.precision
     )
     rows = []
-    for layer in tqdm(selection.layers, desc="rank search", unit="layer"):
+    for layer in tqdm(layers, desc="rank search", unit="layer"):
         # No rank beyond min(m, n) is tried, but an energy threshold is a part of all eigenvalues.
         s, t = bases(layer, moments[layer.name], None if parameters.criterion == "energy" else layer.width)
         for epsilon in parameters.epsilons:
@@ -66,7 +71,7 @@ def measure(network: nn.Module, dataset: Dataset, parameters: config.Measure) ->
     return Measurement(
         # A side that was not asked for has no rank: a whole number all the same.
         pd.DataFrame(rows).astype({"k_s_alone": "Int64", "k_t_alone": "Int64"}),
-        selection.left_out,
+        selection.left_out | uncalled,
         trials.table(),
         resolved(parameters.precision),
         moments,

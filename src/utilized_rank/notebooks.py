@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import sys
 import tempfile
 import time
@@ -91,7 +92,9 @@ def execute(root: Path, study: Study, stage: str, key: str | None) -> None:
     _papermill(source(root, stage), partial, {} if parameter is None else {parameter: key}, root)
     write_text(done, nbformat.writes(_stable(nbformat.read(partial, as_version=4))))
     partial.unlink()
-    write_json(store.data("timings", f"{name}.json"), {"seconds": round(time.perf_counter() - began, 2)})
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    took = {"seconds": round(time.perf_counter() - began, 2), "peak_memory_mib": round(peak)}
+    write_json(store.data("timings", f"{name}.json"), took)
 
 
 def _papermill(path: Path, output: Path, parameters: dict[str, Any], root: Path) -> None:

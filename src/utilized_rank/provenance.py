@@ -57,6 +57,7 @@ def provenance(study: Study, data: list[Path], root: Path) -> dict[str, Any]:
     code = [*root.glob("src/**/*.py"), *root.glob("data/notebooks/*.ipynb")]  # the notebooks as they run
     return {
         "study": study.name,
+        "title": study.title,
         "code": tree_hash(code, root),
         "parameters": parameter_hash(study),
         "data": tree_hash([path.absolute() for path in data], root),

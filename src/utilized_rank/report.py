@@ -103,6 +103,8 @@ def _cell(value: Any, digits: int) -> str:
         return "<td></td>"
     if isinstance(value, int):
         return f"<td>{value:,}</td>"
+    if 0 < abs(value) < 0.5 * 10**-digits:
+        return f"<td>{value:.1e}</td>"
     return f"<td>{value:,.{digits}f}</td>"
 
 
@@ -139,9 +141,23 @@ def write_index(
         sheets=sheets,
         epsilon=epsilon,
         notebooks=links,
+        timed=store.report("latencies.html").is_file(),
         provenance=_flat(record),
     )
     write_text(store.report("index.html"), page)
+
+
+def write_latencies(store: Store, table: pd.DataFrame) -> None:
+    """Write ``latencies.html``, which the index shows; nothing where nothing was timed here.
+
+    A page of its own: it differs from one execution to the next, and the index must not.
+    """
+    if len(table):
+        page = (
+            '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Latency</title>'
+            f"<style>{css()}</style></head><body>{table_html(table)}</body></html>"
+        )
+        write_text(store.report("latencies.html"), page)
 
 
 def _cards(utilization: pd.DataFrame, tuned: pd.DataFrame, epsilon: float) -> list[dict[str, str]]:

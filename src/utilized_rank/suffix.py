@@ -7,12 +7,14 @@ values that the suffix takes from elsewhere (the layer's input, a shortcut aroun
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
 
 from .cost import flops_of
+from .data import Batches
 
 Values = tuple[Any, ...]
 """The values of some nodes of the graph, for one batch of images."""
@@ -68,7 +70,7 @@ class Traced:
         output = next(n for n in reversed(cast(fx.Graph, self.graph).nodes) if n.op == "output")
         return cast(fx.Node, output.args[0])
 
-    def between(self, sources: Sequence[fx.Node], targets: Sequence[fx.Node]) -> Callable[..., Values]:
+    def between(self, sources: Sequence[fx.Node], targets: Sequence[fx.Node]) -> fx.GraphModule:
         """A function from the values of ``sources`` to those of ``targets``, by the network's own modules.
 
         It computes no node that lies behind the sources.
@@ -86,7 +88,7 @@ class Traced:
             if node in needed:
                 copies[node] = graph.node_copy(node, lambda n: copies[n])
         graph.output(tuple(copies[t] for t in targets))
-        return cast(Callable[..., Values], fx.GraphModule(self.network, graph))
+        return fx.GraphModule(self.network, graph)
 
 
 class Suffix:
@@ -99,7 +101,7 @@ class Suffix:
         budget: bytes that the kept values may take; batches over it are computed from the images.
     """
 
-    def __init__(self, traced: Traced, images: Tensor, batches: Sequence[Tensor], budget: int) -> None:
+    def __init__(self, traced: Traced, images: Batches, batches: Sequence[Tensor], budget: int) -> None:
         self.traced = traced
         self.images = images
         self.batches = batches
@@ -123,11 +125,15 @@ class Suffix:
         images = self.traced.images()
         forward = self.traced.between([*self.sources, images], frontier)
         from_images = self.traced.between([images], frontier)
+        reads_images = bool([node for node in forward.graph.nodes if node.op == "placeholder"][-1].users)
         left = self.budget
         for i, values in enumerate(self.kept):
             self.kept[i] = None
             if left > 0:
-                moved = from_images(self._batch(i)) if values is None else forward(*values, self._batch(i))
+                if values is None:
+                    moved = from_images(self._batch(i))
+                else:
+                    moved = forward(*values, self._batch(i) if reads_images else None)
                 left -= sum(v.nbytes for v in moved if isinstance(v, Tensor))
                 self.kept[i] = moved if left >= 0 else None
         self.sources = frontier
@@ -137,10 +143,14 @@ class Suffix:
             self.share = 1.0
         elif self._repeats(values):
             kept = sum(value is not None for value in self.kept) / len(self.kept)
-            from_here = flops_of(self.run, *values) / max(1, flops_of(self.traced.network, self._batch(0)))
+            from_here = flops_of(self.run, *values) / max(1, flops_of(self.traced.network, self._first))
             self.share = 1 - kept + kept * from_here
         else:
             self._keep_nothing()
+
+    @cached_property
+    def _first(self) -> Tensor:
+        return self._batch(0)
 
     def _batch(self, index: int) -> Tensor:
         return self.images[self.batches[index]].contiguous(memory_format=torch.channels_last)
@@ -154,7 +164,7 @@ class Suffix:
         An operation in place could spoil it.
         """
         before = [v.clone() for v in values if isinstance(v, Tensor)]
-        expected = cast(Tensor, self.traced.network(self._batch(0)))
+        expected = cast(Tensor, self.traced.network(self._first))
         same = torch.allclose(self.logits(0), expected, rtol=1e-4, atol=1e-4)
         after = [v for v in values if isinstance(v, Tensor)]
         return same and all(torch.equal(old, new) for old, new in zip(before, after, strict=True))

@@ -15,11 +15,6 @@ METHOD_NAMES = {
     "optimal": "optimum",
     "svd": "SVD of W",
 }
-KIND_NAMES = {
-    "supervised": "supervised",
-    "linear": "SSL, linear probe",
-    "finetuned": "SSL, fine-tuned",
-}
 
 
 def result(store: Store, stage: str, key: str) -> Any:
@@ -36,9 +31,16 @@ def training_name(study: Study, run: Run) -> str:
     """How a run's network was trained, in words."""
     if run.pretrained == FROM_SCRATCH:
         return "supervised"
-    before = {"simclr": "SimCLR", "checkpoint": "checkpoint"}[study.pretrained[run.pretrained].method]
+    before = study.pretrained[run.pretrained]
     after = {"supervised": "fine-tuned", "linear": "linear probe", "as_given": "as given"}[run.train.method]
-    return f"{before}, {after}"
+    return f"{before.name} ({supervision(study, run)}), {after}"
+
+
+def supervision(study: Study, run: Run) -> str:
+    """Where a run's features come from: labels, weaker ones, or none."""
+    if run.pretrained == FROM_SCRATCH:
+        return "supervised"
+    return study.pretrained[run.pretrained].supervision or "self-supervised"
 
 
 def mlu_column(epsilon: float) -> str:
@@ -55,6 +57,7 @@ def utilization(study: Study, store: Store) -> pd.DataFrame:
         table.append(
             {
                 "network": run.label,
+                "data set": study.title,
                 "training": training_name(study, run),
                 "parameters": trained["parameters"],
                 "test accuracy %": trained["test_accuracy"],
@@ -113,6 +116,33 @@ def compression(all_steps: pd.DataFrame, method: str) -> pd.DataFrame:
     )
 
 
+def latencies(study: Study, store: Store) -> pd.DataFrame:
+    """How long each decomposed network takes beside its original, as measured when it was made.
+
+    One row a network, tolerance and method, from the timings of ``decompose``; empty where they are not there.
+    """
+    parts = []
+    for key, run in study.runs.items():
+        path = store.data("timings", f"latencies-{key}.csv")
+        if path.is_file():
+            timed = read_table(path)
+            parts.append(
+                pd.DataFrame(
+                    {
+                        "network": run.label,
+                        "ε": timed.epsilon,
+                        "weights": timed.method.map(METHOD_NAMES),
+                        "images at a time": timed.images,
+                        "original, ms": 1000 * timed.original,
+                        "decomposed, ms": 1000 * timed.decomposed,
+                        "time kept %": 100 * timed.decomposed / timed.original,
+                        "FLOPs kept %": 100 * timed.flops_kept,
+                    }
+                )
+            )
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
+
+
 def training_kinds(study: Study, store: Store, comparison: Comparison) -> pd.DataFrame:
     """One row a kind of training and epsilon: kind, run, epsilon, mlu, first, middle, last, rankme, accuracy.
 
@@ -152,7 +182,7 @@ def by_training(study: Study, store: Store) -> pd.DataFrame:
             pd.DataFrame(
                 {
                     "network": comparison.label,
-                    "training": table.kind.map(KIND_NAMES),
+                    "training": [training_name(study, study.runs[run]) for run in table.run],
                     "ε": table.epsilon,
                     "MLU %": 100 * table.mlu,
                     "first third %": 100 * table["first"],
@@ -165,6 +195,34 @@ def by_training(study: Study, store: Store) -> pd.DataFrame:
             )
         )
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
+
+
+def repeats(study: Study, store: Store, tuned: pd.DataFrame) -> pd.DataFrame:
+    """Mean and standard deviation over runs that differ in their random numbers alone: one row a quantity."""
+    table = []
+    for group in study.repeats.values():
+        trained = [result(store, "train", run)["test_accuracy"] for run in group.runs]
+        measured = [result(store, "measure", run)["mlu"] for run in group.runs]
+        quantities = {"test accuracy %": trained}
+        for epsilon in study.measure.epsilons:
+            at = tuned[(tuned.epsilon == epsilon) & tuned.run.isin(group.runs)]
+            quantities |= {
+                mlu_column(epsilon): [100 * mlu[f"{epsilon:g}"] for mlu in measured],
+                f"parameters kept % (ε = {epsilon:g})": [100 * kept for kept in at.parameters_kept],
+                f"change after fine-tuning, points (ε = {epsilon:g})": list(at.change),
+            }
+        for name, values in quantities.items():
+            found = pd.Series(values)
+            table.append(
+                {
+                    "network": group.label,
+                    "quantity": name,
+                    "runs": len(found),
+                    "mean": found.mean(),
+                    "standard deviation": found.std(),
+                }
+            )
+    return pd.DataFrame(table)
 
 
 def methods(all_steps: pd.DataFrame) -> pd.DataFrame:
@@ -198,10 +256,15 @@ def summary(study: Study, store: Store, tuned: pd.DataFrame) -> dict[str, Any]:
                 "parameters_kept": row.parameters_kept,
                 "flops_kept": row.flops_kept,
                 "change": row.change,
+                "change_low": row.change_low,
+                "change_high": row.change_high,
             }
             for row in tuned[tuned.run == key].itertuples()
         }
         runs[key] = {
+            "label": study.runs[key].label,
+            "training": training_name(study, study.runs[key]),
+            "supervision": supervision(study, study.runs[key]),
             "test_accuracy": result(store, "train", key)["test_accuracy"],
             "mlu": result(store, "measure", key)["mlu"],
             "finetuned": compressed,
@@ -209,10 +272,31 @@ def summary(study: Study, store: Store, tuned: pd.DataFrame) -> dict[str, Any]:
     return runs
 
 
-def settings(study: Study) -> pd.DataFrame:
-    """Table 5: every parameter of the study, defaults included, by its name in params.yaml."""
-    flat = _flatten(study.model_dump(), "")
+def settings(study: Study, store: Store, record: dict[str, Any]) -> pd.DataFrame:
+    """Table 5: every parameter by its name in params.yaml, defaults included; what was looked at; and by what.
+
+    Args:
+        study: its parameters.
+        store: its folders.
+        record: the provenance.
+    """
+    looked_at = {key: _looked_at(store, key) for key in study.runs}
+    machine = {key: record[key] for key in ("processor", "system", "python", "packages")}
+    flat = _flatten(study.model_dump(), "") | _flatten({"runs": looked_at, "machine": machine}, "found: ")
     return pd.DataFrame({"parameter": list(flat), "value": [_text(value) for value in flat.values()]})
+
+
+def _looked_at(store: Store, key: str) -> dict[str, Any]:
+    """How many images, evaluations and passes one run's numbers rest on."""
+    trained, measured = result(store, "train", key), result(store, "measure", key)
+    return {
+        "calibration images": measured["calibration_images"],
+        "search images": measured["search_images"],
+        "test images": trained["test_images"],
+        "evaluations of the rank search": measured["evaluations"],
+        "passes of the search split": round(measured["passes_of_the_search_split"], 1),
+        "precision of the rank search": measured["search_precision"],
+    }
 
 
 def _flatten(value: dict[str, Any], prefix: str) -> dict[str, Any]:
@@ -224,4 +308,4 @@ def _flatten(value: dict[str, Any], prefix: str) -> dict[str, Any]:
 
 
 def _text(value: Any) -> str:
-    return "null" if value is None else str(value)
+    return "null" if value is None else f"{value:g}" if isinstance(value, float) else str(value)

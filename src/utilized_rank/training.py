@@ -12,19 +12,20 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .config import Precision, Recipe
-from .data import Dataset, Split, augment
+from .data import Batches, Dataset, augment
 from .evaluation import features, is_correct
+from .images import Split
 from .models import classifier
 from .runtime import autocast
 
-Loss = Callable[[Tensor], Tensor]
-"""From the indices of a batch of training images, int64 (B,), to its mean loss, a scalar."""
+Loss = Callable[[Tensor, Tensor], Tensor]
+"""From a batch of training images as they are kept, and their labels, int64 (B,), to its mean loss, a scalar."""
 
 
 def fit(
     parameters: Iterable[nn.Parameter],
     loss: Loss,
-    images: int,
+    split: Split,
     recipe: Recipe,
     generator: torch.Generator,
     precision: Precision = "float32",
@@ -35,8 +36,8 @@ def fit(
 
     Args:
         parameters: what is trained.
-        loss: of a batch, given by its indices.
-        images: how many there are to draw batches from, without replacement in an epoch.
+        loss: of a batch.
+        split: what batches are drawn from, without replacement in an epoch.
         recipe: epochs, batch size, optimiser and schedule.
         generator: orders the images.
         precision: of the autocast around ``loss``.
@@ -51,16 +52,16 @@ def fit(
     parameters = [p for p in parameters if p.requires_grad]
     optimizer = _optimizer(parameters, recipe)
     # The last, smaller batch is dropped (batch norm needs more than a few), unless it is the only one.
-    batch_size = min(recipe.batch_size, images)
-    steps = images // batch_size
+    batch_size = min(recipe.batch_size, len(split))
+    steps = len(split) // batch_size
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _warmup_cosine(recipe, steps))
     curve = []
     for epoch in tqdm(range(1, recipe.epochs + 1), desc=title, unit="epoch"):
-        order = torch.randperm(images, generator=generator)
+        order = torch.randperm(len(split), generator=generator)[: steps * batch_size]
         total, rate = 0.0, optimizer.param_groups[0]["lr"]
-        for batch in order[: steps * batch_size].split(batch_size):
+        for images, labels in split.batches(order.split(batch_size)):
             with autocast(precision):
-                value = loss(batch)
+                value = loss(images, labels)
             optimizer.zero_grad(set_to_none=True)
             value.backward()
             nn.utils.clip_grad_norm_(parameters, 5.0)
@@ -100,14 +101,14 @@ def train_supervised(
     network: nn.Module, dataset: Dataset, recipe: Recipe, generator: torch.Generator, precision: Precision, title: str
 ) -> pd.DataFrame:
     """Train all of ``network`` on the labels; the curve has its accuracy (%) on the search split."""
-    split = dataset.splits["train"]
 
-    def loss(batch: Tensor) -> Tensor:
+    def loss(images: Tensor, labels: Tensor) -> Tensor:
         network.train()
-        images = augment(dataset.normalised(split.images[batch]), recipe.augmentation, generator)
-        return F.cross_entropy(network(images), split.labels[batch], label_smoothing=recipe.label_smoothing)
+        changed = augment(dataset.normalised(images), recipe.augmentation, generator)
+        return F.cross_entropy(network(changed), labels, label_smoothing=recipe.label_smoothing)
 
-    return fit(network.parameters(), loss, len(split), recipe, generator, precision, _watch(network, dataset), title)
+    watch = _watch(network, dataset)
+    return fit(network.parameters(), loss, dataset.splits["train"], recipe, generator, precision, watch, title)
 
 
 def train_linear(
@@ -117,15 +118,14 @@ def train_linear(
 
     The images are not augmented, so the features are computed once.
     """
-    split: Split = dataset.splits["train"]
     head = classifier(network)
-    inputs = features(network, head, dataset.inputs("train")).clone()
+    split = Split(features(network, head, dataset.inputs("train")).clone(), dataset.labels("train"))
 
-    def loss(batch: Tensor) -> Tensor:
-        return F.cross_entropy(head(inputs[batch]), split.labels[batch], label_smoothing=recipe.label_smoothing)
+    def loss(seen: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(head(seen), labels, label_smoothing=recipe.label_smoothing)
 
     watch = _watch(head, dataset, features(network, head, dataset.inputs("search")).clone())
-    return fit(head.parameters(), loss, len(split), recipe, generator, precision, watch, title)
+    return fit(head.parameters(), loss, split, recipe, generator, precision, watch, title)
 
 
 def leave_as_given(
@@ -138,7 +138,7 @@ def leave_as_given(
 METHODS = {"supervised": train_supervised, "linear": train_linear, "as_given": leave_as_given}
 
 
-def _watch(network: nn.Module, dataset: Dataset, inputs: Tensor | None = None) -> Callable[[], dict[str, float]]:
+def _watch(network: nn.Module, dataset: Dataset, inputs: Batches | None = None) -> Callable[[], dict[str, float]]:
     """Accuracy on the search split: to look at, not to select by."""
     inputs = dataset.inputs("search") if inputs is None else inputs
     labels = dataset.labels("search")

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import Precision
+from .data import Batches
 from .evaluation import outputs
 from .layers import Layer
 from .projection import projected, replaced
@@ -73,7 +74,7 @@ class Trials:
     def __init__(
         self,
         network: nn.Module,
-        inputs: Tensor,
+        inputs: Batches,
         labels: Tensor,
         memory: int,
         precision: Precision = "float32",

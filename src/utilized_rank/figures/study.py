@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from itertools import cycle
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -12,11 +15,8 @@ from matplotlib.ticker import PercentFormatter
 
 from .style import BLACK, BLUE, GREEN, GREY, ORANGE, epsilon_colours, epsilon_label, layer_axis, short
 
-KINDS = {
-    "supervised": (BLUE, "supervised"),
-    "linear": (ORANGE, "SSL, linear probe"),
-    "finetuned": (GREEN, "SSL, fine-tuned"),
-}
+KINDS = {"supervised": BLUE, "linear": ORANGE, "finetuned": GREEN}
+"""A colour for each kind of training."""
 MARKERS = "osD^vP*X<>h"
 
 
@@ -64,7 +64,7 @@ def frontier(results: pd.DataFrame) -> Figure:
     """
     figure, axes = plt.subplots(figsize=(8.2, 4.6))
     colours = epsilon_colours(list(results.epsilon.unique()))
-    markers = dict(zip(results.label.unique(), MARKERS, strict=False))
+    markers = dict(zip(results.label.unique(), cycle(MARKERS), strict=False))
     for row in results.itertuples():
         at, colour = row.parameters_kept, colours[row.epsilon]
         axes.plot([at, at], [row.change_low, row.change_high], color=colour, lw=1, alpha=0.6)
@@ -87,30 +87,64 @@ def frontier(results: pd.DataFrame) -> Figure:
     return figure
 
 
-def comparison(layers: dict[str, pd.DataFrame], epsilon: float, summary: pd.DataFrame) -> Figure:
+def overview(used: pd.DataFrame) -> Figure:
+    """Mean layer utilization of every network of every study, a mark a tolerance.
+
+    Args:
+        used: one row a study, network and epsilon: study, title, network, training, epsilon, mlu, accuracy.
+    """
+    titles = dict(zip(used.study, used.title, strict=True))
+    counts = [used[used.study == study].network.nunique() for study in titles]
+    figure, grid = plt.subplots(
+        len(titles),
+        1,
+        figsize=(8.6, 0.9 + 0.36 * sum(counts) + 0.5 * len(counts)),
+        height_ratios=[count + 0.5 for count in counts],
+        sharex=True,
+        squeeze=False,
+    )
+    colours = epsilon_colours(list(used.epsilon.unique()))
+    for axes, (study, title) in zip(grid[:, 0], titles.items(), strict=True):
+        shown = used[used.study == study]
+        words = []
+        for place, (network, of) in enumerate(shown.groupby("network", sort=False)):
+            words.append(f"{network} [{of.accuracy.iloc[0]:.1f}%]")
+            axes.axhline(place, color="#E6E6E6", lw=0.8)
+            axes.plot(100 * of.mlu, [place] * len(of), color=GREY, lw=1.2)
+            axes.scatter(100 * of.mlu, [place] * len(of), s=48, c=of.epsilon.map(colours), ec="white", zorder=3)
+        axes.set_yticks(range(len(words)), words, fontsize=8.5)
+        axes.set_ylim(len(words) - 0.5, -0.5)
+        axes.set_title(title)
+        axes.grid(axis="y", visible=False)
+    grid[-1, 0].set(xlabel="mean layer utilization (%)", xlim=(0, None))
+    handles = [Line2D([], [], marker="o", ls="", color=c, label=epsilon_label(e)) for e, c in colours.items()]
+    grid[0, 0].legend(handles=handles, loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+def comparison(layers: dict[str, pd.DataFrame], epsilon: float, summary: pd.DataFrame, names: dict[str, str]) -> Figure:
     """Utilization layer by layer of one architecture trained three ways, and MLU beside RankMe.
 
     Args:
         layers: of each kind of training, as in ``Measurement.layers``.
         epsilon: the tolerance of the left panel.
         summary: one row a kind and epsilon: kind, epsilon, mlu, rankme.
+        names: of each kind, in words.
     """
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 3.8), width_ratios=[2.4, 1.2, 0.9])
     for kind, table in layers.items():
         shown = table[table.epsilon == epsilon]
-        colour, label = KINDS[kind]
-        left.plot(range(len(shown)), 100 * shown.utilization, "o-", ms=4, color=colour, label=label)
+        left.plot(range(len(shown)), 100 * shown.utilization, "o-", ms=4, color=KINDS[kind], label=names[kind])
     layer_axis(left, [short(name) for name in shown.layer])
     left.set(ylabel="utilization (%)", title=f"Layer by layer, {epsilon_label(epsilon)}", ylim=(0, None))
     left.legend(loc="upper left")
     for kind, rows in summary.groupby("kind", sort=False):
-        colour, _ = KINDS[str(kind)]
-        middle.plot(rows.epsilon, 100 * rows.mlu, "o-", color=colour)
+        middle.plot(rows.epsilon, 100 * rows.mlu, "o-", color=KINDS[str(kind)])
     middle.set(xlabel="tolerance ε (points)", ylabel="MLU (%)", title="Mean", ylim=(0, None))
     once = summary.drop_duplicates("kind")
-    colours = {kind: colour for kind, (colour, _) in KINDS.items()}
-    sns.barplot(once, x="kind", y="rankme", hue="kind", palette=colours, saturation=1, width=0.6, ax=right)
-    right.set_xticks(range(len(once)), [KINDS[k][1].replace(", ", ",\n") for k in once.kind], fontsize=7.5)
+    sns.barplot(once, x="kind", y="rankme", hue="kind", palette=KINDS, saturation=1, width=0.6, ax=right)
+    words = [re.sub(r" \(.*?\)", "", names[kind]).replace(", ", ",\n") for kind in once.kind]
+    right.set_xticks(range(len(once)), words, fontsize=7)
     right.set_xlabel("")
     right.set(ylabel="RankMe of the features", title="RankMe")
     right.grid(axis="x", visible=False)

@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import matplotlib as mpl
+import numpy as np
 from cycler import cycler
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from ..store import whole
@@ -60,7 +62,8 @@ def use() -> None:
 
 def epsilon_colours(epsilons: list[float]) -> dict[float, str]:
     """One colour for each epsilon, the same in all figures of a study."""
-    return dict(zip(sorted(epsilons), SERIES, strict=False))
+    many = [to_hex(colour) for colour in mpl.colormaps["viridis"](np.linspace(0, 0.95, len(epsilons)))]
+    return dict(zip(sorted(epsilons), SERIES if len(epsilons) <= len(SERIES) else many, strict=False))
 
 
 def epsilon_label(epsilon: float) -> str:

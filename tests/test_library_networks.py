@@ -1,0 +1,157 @@
+"""Networks of timm and torchvision from an image folder to a decomposed network on disk."""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from utilized_rank import cost, decompose, measure, models, prepare, training
+from utilized_rank.config import Data, Measure, Model, Recipe, Train
+from utilized_rank.data import Dataset
+from utilized_rank.evaluation import is_correct, outputs
+from utilized_rank.images import Files, Split, array
+from utilized_rank.store import write_network
+
+COLOURS = {"blue": (30, 60, 200), "green": (40, 180, 60), "red": (210, 50, 40)}
+EACH = 20
+TRAIN = {
+    "linear": Train(method="linear", epochs=10, lr=0.01, batch_size=12),
+    "supervised": Train(epochs=12, lr=3e-3, batch_size=12),  # random batch norms tell a frozen encoder nothing
+}
+TUNE = Recipe(epochs=1, lr=1e-3, batch_size=12)
+# One image of the 12 in the search split is 8.3 points.
+MEASURE = Measure(calibration_images=36, epsilons=[0.0, 25.0], precision="float32", memory=512)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    """A project with a folder of three classes of 20 images, each a plain colour under noise, of a size of its own."""
+    root, draw = tmp_path_factory.mktemp("project"), np.random.default_rng(0)
+    for name, colour in COLOURS.items():
+        folder = root / "fruit" / "train" / name
+        folder.mkdir(parents=True)
+        for i in range(EACH):
+            pixels = np.array(colour) + draw.normal(0, 25, (*draw.integers(50, 130, 2), 3))
+            Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / (f"{i}.jpg" if i % 2 else f"{i}.png"))
+    return root
+
+
+def prepared(root: Path, side: int) -> Dataset:
+    data = Data(source="folder", dataset="fruit", image_size=side, search=0.2, test=0.2, workers=0)
+    return prepare.build(data, 0, root)[0]
+
+
+@dataclass
+class Case:
+    """A network, and how many of its layers count."""
+
+    name: str
+    side: int
+    layers: int
+    blocks: int | None = None
+    qkv: str = "fused"
+    train: str = "linear"
+    criterion: str = "rank"
+
+    def __str__(self) -> str:
+        return f"{self.name}-{self.side}-{self.qkv}"
+
+
+def vit(name: str, side: int, qkv: str = "fused", criterion: str = "rank") -> Case:
+    """Two blocks between the patches and the classifier."""
+    return Case(name, side, 1 + 2 * (4 if qkv == "fused" else 6) + 1, 2, qkv, criterion=criterion)
+
+
+QUICK = [
+    vit("timm/vit_tiny_patch16_224", 64),
+    vit("timm/vit_tiny_patch16_224", 80, "split"),
+    Case("timm/test_resnet", 72, 16, train="supervised"),
+]
+SLOW = [
+    vit("torchvision/vit_b_16", 64),
+    vit("torchvision/vit_b_16", 80, "split", "utilized"),
+    vit("timm/vit_base_patch16_224", 80, "split", "utilized"),
+    vit("torchvision/vit_l_16", 48, "fused", "utilized"),
+    Case("torchvision/resnet50", 64, 54, train="supervised", criterion="utilized"),
+]
+CASES = [*QUICK, *(pytest.param(case, marks=pytest.mark.large) for case in SLOW)]
+
+
+def named(case: Case) -> str:
+    return str(case)
+
+
+@pytest.mark.parametrize("case", CASES, ids=named)
+def test_a_librarys_network_is_measured_decomposed_tuned_and_reloaded(case, root, tmp_path):
+    dataset = prepared(root, case.side)
+    assert isinstance(dataset.splits["train"].images, Files) == (case.side > 64)
+    model = Model(architecture=case.name, blocks=case.blocks)
+    network, trained = given(case, model, dataset, tmp_path)
+    inputs = dataset.inputs("test")
+    torch.testing.assert_close(outputs(network, inputs), outputs(trained, inputs), rtol=1e-3, atol=1e-3)
+    assert is_correct(network, inputs, dataset.labels("test")).mean() > 0.9
+
+    how = MEASURE.model_copy(update={"qkv": case.qkv, "criterion": case.criterion})
+    found = measure.measure(network, dataset, how)
+    assert_counted(found, case)
+
+    whole = decompose.Decomposition(network, found.layers, found.moments)
+    built = whole.build("optimal", 25.0)
+    assert built.ranks
+    assert cost.parameters(built.network) < cost.parameters(network)
+    assert cost.flops(built.network, inputs[:1]) < cost.flops(network, inputs[:1])
+    before = {name: tensor.clone() for name, tensor in built.network.state_dict().items()}
+    generator = torch.Generator().manual_seed(0)
+    curve = training.train_supervised(built.network, dataset, TUNE, generator, "float32", "tuned")
+    assert np.isfinite(curve.loss).all()
+    pairs = [f"{name}.{i}.weight" for name in built.ranks for i in (0, 1)]
+    assert not any(torch.equal(built.network.state_dict()[pair], before[pair]) for pair in pairs)
+
+    decompose.save(built, tmp_path / "small.safetensors")
+    loaded = decompose.load(network, tmp_path / "small.safetensors")
+    assert torch.equal(outputs(loaded, inputs), outputs(built.network, inputs))
+    own = built.network.state_dict()
+    assert all(torch.equal(tensor, own[name]) for name, tensor in loaded.state_dict().items())
+
+
+def given(case: Case, model: Model, dataset: Dataset, folder: Path) -> tuple[nn.Module, nn.Module]:
+    """A trained network: as it is measured, from the disk, and as it was made."""
+    torch.manual_seed(0)
+    trained, how = models.build(model, dataset.shape, len(dataset.classes)), TRAIN[case.train]
+    for method in (how.method, "as_given"):
+        training.METHODS[method](trained, dataset, how, torch.Generator().manual_seed(0), "float32", case.name)
+    write_network(folder / "network.safetensors", trained)
+    return models.load(folder / "network.safetensors", model, dataset.shape, len(dataset.classes), case.qkv), trained
+
+
+def assert_counted(found: measure.Measurement, case: Case) -> None:
+    """Every layer has a rank at each tolerance, no more than its width, and none is left out."""
+    table = found.layers
+    assert table.layer.nunique() == case.layers
+    assert len(table) == case.layers * len(MEASURE.epsilons)
+    assert not found.left_out
+    width = table[["m", "n"]].min(axis=1)
+    assert table.r.between(1, width).all()
+    assert table.utilization.between(0, 1, inclusive="right").all()
+    looser = table.pivot(index="layer", columns="epsilon", values="r")
+    assert looser[25.0].mean() <= looser[0.0].mean()
+
+
+def test_images_that_stay_files_give_the_ranks_and_the_weights_that_they_give_as_an_array(root, tmp_path):
+    files = prepared(root, 72)
+    held = {name: Split(array(split.images), split.labels) for name, split in files.splits.items()}
+    results = []
+    for i, dataset in enumerate((files, dataclasses.replace(files, splits=held))):
+        (folder := tmp_path / str(i)).mkdir()
+        case = Case("timm/test_resnet", 72, 16)
+        network, _ = given(case, Model(architecture=case.name), dataset, folder)
+        results.append((network.state_dict(), measure.measure(network, dataset, MEASURE).layers))
+    (weights, ranks), (same_weights, same_ranks) = results
+    assert all(torch.equal(tensor, same_weights[name]) for name, tensor in weights.items())
+    pd.testing.assert_frame_equal(ranks, same_ranks)

@@ -1,0 +1,213 @@
+import re
+import shutil
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib import pyplot as plt
+from matplotlib.collections import PathCollection
+
+from utilized_rank import report, tables
+from utilized_rank.config import composed
+from utilized_rank.figures import study as figures
+from utilized_rank.figures import style
+from utilized_rank.notebooks import STAGES, executed_name, keys_of
+from utilized_rank.store import Store, read_json, read_table
+
+ROOT = Path(__file__).parents[1]
+COMMITTED = sorted(path.parent.name for path in ROOT.glob("reports/*/summary.json"))
+RECORD = {"code": "a hash", "processor": "a <processor>", "system": "s", "python": "3", "packages": {"torch": "2"}}
+
+
+def cells(page: str) -> list[list[str]]:
+    """The body of a table, as text between the tags."""
+    rows = re.findall(r"<tr[^>]*>(.*?)</tr>", page.split("<tbody>")[1], re.DOTALL)
+    return [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in rows]
+
+
+def index(study, store, links=(), record=RECORD) -> str:
+    """The index of a study's report, as its notebook writes it."""
+    steps = tables.steps(study, store)
+    best = "optimal" if "optimal" in study.decompose.finetuned else study.decompose.finetuned[0]
+    tuned = steps[(steps.form == "fine-tuned") & (steps.method == best)]
+    epsilons = sorted(study.measure.epsilons)
+    sheets = {
+        "table1-utilization": tables.utilization(study, store),
+        "table2-compression": tables.compression(steps, best),
+        "table3-training": tables.by_training(study, store),
+        "table4-methods": tables.methods(steps),
+        "table5-settings": tables.settings(study, store, record),
+        "repeats": tables.repeats(study, store, tuned),
+    }
+    report.write_index(study, store, sheets, list(links), record, tuned, epsilons[len(epsilons) // 2])
+    return store.report("index.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (1234567, "1,234,567"),
+        (0, "0"),
+        (1234.5678, "1,234.57"),
+        (-0.125, "-0.12"),
+        (0.0, "0.00"),
+        (0.005, "0.01"),
+        (0.0049, "4.9e-03"),
+        (-0.00012, "-1.2e-04"),
+        (0.002, "2.0e-03"),
+        (np.nan, ""),
+        (None, ""),
+        ("a < b & c", "a &lt; b &amp; c"),
+        ("", ""),
+    ],
+)
+def test_a_cell_shows_thousands_apart_two_decimals_and_what_is_smaller_as_a_power_of_ten(value, shown):
+    """The column to its left makes the row's types differ, as in every table of the report."""
+    assert cells(report.table_html(pd.DataFrame({"network": ["n"], "x": [value]}))) == [["n", shown]]
+
+
+def test_more_digits_show_smaller_numbers_as_they_are():
+    assert cells(report.table_html(pd.DataFrame({"x": [0.0049, 0.00004]}), digits=4)) == [["0.0049"], ["4.0e-05"]]
+
+
+def test_whole_numbers_stay_whole_in_a_column_of_whole_numbers():
+    table = pd.DataFrame({"images": [450, 12000], "accuracy": [99.0, 1e6]})
+    assert cells(report.table_html(table)) == [["450", "99.00"], ["12,000", "1,000,000.00"]]
+
+
+def test_headings_are_escaped_and_say_whether_their_column_is_of_numbers():
+    page = report.table_html(pd.DataFrame({"a<b": ["x"], "MLU %": [1.0], "count": [1]}))
+    heads = re.findall(r'<th class="(\w+)">(.*?)</th>', page)
+    assert heads == [("text", "a&lt;b"), ("number", "MLU %"), ("number", "count")]
+
+
+def test_a_name_that_repeats_that_of_the_row_above_is_dimmed():
+    page = report.table_html(pd.DataFrame({"network": ["a", "a", "b", "a"], "x": [1, 2, 3, 4]}))
+    assert re.findall(r'<tr class="(\w+)">', page) == ["first", "repeat", "first", "first"]
+
+
+def test_the_index_shows_each_network_with_its_utilization_accuracy_and_what_fine_tuning_leaves(studied):
+    study, store = studied
+    page = index(study, store)
+    cards = re.findall(r'<div class="card"><b>(.*?)</b>(.*?)<br><span>(.*?)</span>', page)
+    for (value, label, detail), (key, run) in zip(cards, study.runs.items(), strict=True):
+        trained, measured = tables.result(store, "train", key), tables.result(store, "measure", key)
+        made = tables.rows(store, "finetune", key).query("method == 'optimal' and epsilon == 1").iloc[0]
+        whole = tables.rows(store, "decompose", key).parameters[0]
+        assert value == f"{100 * measured['mlu']['1']:.0f}%"
+        assert label == run.label.replace("&", "&amp;")
+        assert detail.startswith(f"{trained['test_accuracy']:.1f}% accurate")
+        assert f"{made.parameters / whole:.0%} of its parameters" in detail
+        assert detail.endswith(f"{made.change:+.1f} points")
+
+
+def test_the_index_shows_every_sheet_to_the_last_row(studied):
+    study, store = studied
+    page = index(study, store)
+    shown = re.findall(r"<table>.*?</table>", page, re.DOTALL)
+    steps = tables.steps(study, store)
+    tuned = steps[(steps.form == "fine-tuned") & (steps.method == "optimal")]
+    sheets = [
+        tables.utilization(study, store),
+        tables.repeats(study, store, tuned),
+        tables.by_training(study, store),
+        tables.compression(steps, "optimal"),
+        tables.methods(steps),
+        tables.settings(study, store, RECORD),
+    ]
+    assert [len(cells(table)) for table in shown] == [len(sheet) for sheet in sheets]
+
+
+def test_repeats_comparisons_notes_and_cuts_are_shown_where_a_study_has_them(studied):
+    study, store = studied
+    assert "Over random numbers" in index(study, store)
+    assert "ssl-vit.svg" in index(study, store)
+    bare = study.model_copy(update={"repeats": {}, "comparisons": {}})
+    page = index(bare, store)
+    assert "Over random numbers" not in page
+    assert "Kinds of training" not in page
+    assert "<li>Cut:" not in page
+    half = study.runs["vgg11"].model.model_copy(update={"width": 0.5})
+    runs = study.runs | {"vgg11": study.runs["vgg11"].model_copy(update={"model": half})}
+    data = study.data.model_copy(update={"limit": 1500})
+    cut = study.model_copy(update={"notes": ["Cut: 2 < 3 epochs."], "runs": runs, "data": data})
+    page = index(cut, store)
+    assert "<li>Cut: 2 &lt; 3 epochs.</li>" in page
+    assert "<li>Cut: VGG11 has 0.5 times the published network" in page
+    assert "<li>Cut: only 1,500 images" in page
+
+
+def test_the_index_says_in_which_precision_and_on_how_many_images_ranks_were_searched(studied):
+    page = index(*studied)
+    assert "bfloat16" in page
+    assert "on 449 images held" in page
+    assert "a &lt;processor&gt;" in page
+
+
+def test_the_index_shows_latencies_where_there_are_some_and_no_empty_frame_where_there_are_none(studied):
+    study, store = studied
+    report.write_latencies(store, tables.latencies(study, store))
+    assert not store.report("latencies.html").exists()
+    assert "latencies.html" not in index(study, store)
+    timed = pd.DataFrame({"network": ["a<b"], "original, ms": [0.0012], "decomposed, ms": [1234.5]})
+    report.write_latencies(store, timed)
+    assert cells(store.report("latencies.html").read_text()) == [["a&lt;b", "1.2e-03", "1,234.50"]]
+    page = index(study, store)
+    assert '<iframe src="latencies.html"' in page
+    assert '<a href="latencies.html">' in page
+
+
+@pytest.mark.parametrize("count", [1, 11, 14])
+def test_figure_3_has_a_mark_for_every_network_however_many(count):
+    rows = pd.DataFrame(
+        {
+            "label": [f"network {i}" for i in range(count)],
+            "epsilon": 1.0,
+            "change": np.linspace(-3, 1, count),
+            "change_low": -4.0,
+            "change_high": 2.0,
+            "parameters_kept": np.linspace(0.1, 0.9, count),
+            "flops_kept": 0.5,
+        }
+    )
+    with mpl.rc_context():
+        style.use()
+        axes = figures.frontier(rows).axes[0]
+        marks = [c for c in axes.collections if isinstance(c, PathCollection)]
+        found = np.concatenate([mark.get_offsets() for mark in marks])
+        plt.close("all")
+    np.testing.assert_allclose(found, rows[["parameters_kept", "change"]])
+
+
+@pytest.mark.parametrize("name", COMMITTED)
+def test_the_committed_index_follows_from_the_committed_results(name, tmp_path):
+    committed, again = Store(name, ROOT), Store(name, tmp_path)
+    shutil.copytree(committed.report("results"), again.report("results"))
+    if committed.report("latencies.html").is_file():
+        shutil.copy(committed.report("latencies.html"), again.report())
+    study = composed(name, ROOT)
+    made = [(stage, key) for stage in STAGES if stage != "report" for key in keys_of(study, stage)]
+    links = [
+        {
+            "title": report.STAGE_TITLES[stage] + (f": {key}" if key else ""),
+            "href": f"notebooks/{executed_name(stage, key)}.html",
+        }
+        for stage, key in made
+    ]
+    page = index(study, again, links, read_json(committed.report("provenance.json")))
+    assert page == committed.report("index.html").read_text()
+    assert {path.name for path in committed.report("notebooks").iterdir()} == {
+        link["href"].partition("/")[2] for link in links
+    }
+
+
+@pytest.mark.parametrize("name", COMMITTED)
+def test_the_committed_index_and_overview_are_of_the_same_numbers(name):
+    study, store = composed(name, ROOT), Store(name, ROOT)
+    used = read_table(ROOT / "reports" / "utilization.csv").query("study == @name")
+    table = tables.utilization(study, store).set_index("network")
+    assert len(used) == len(table) * len(study.measure.epsilons)
+    for row in used.itertuples():
+        assert table[tables.mlu_column(row.epsilon)][row.network] == pytest.approx(100 * row.mlu)
