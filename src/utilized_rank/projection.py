@@ -41,16 +41,18 @@ def projected(weight: Tensor, inputs: Subspace, outputs: Subspace, k_s: int, k_t
 
 
 @contextmanager
-def replaced(weights: dict[Layer, Tensor]) -> Iterator[None]:
-    """Put the matrices (g, m, n) in place of the layers' weights; put the very same weights back after.
+def replaced(weights: dict[Layer, Tensor], biases: dict[Layer, Tensor] | None = None) -> Iterator[None]:
+    """Put the matrices (g, m, n) in place of the layers' weights, and vectors (g n,) in place of their biases.
 
     The originals come back whatever happens inside, to the bit: they are set aside, not copied.
     """
-    originals = {layer: layer.module.weight for layer in weights}
+    originals = {layer: (layer.module.weight, layer.module.bias) for layer in weights}
     try:
         for layer, matrix in weights.items():
             layer.module.weight = nn.Parameter(layer.weight_from(matrix), requires_grad=False)
+        for layer, bias in (biases or {}).items():
+            layer.module.bias = nn.Parameter(bias.to(layer.module.weight.dtype), requires_grad=False)
         yield
     finally:
-        for layer, original in originals.items():
-            layer.module.weight = original
+        for layer, (weight, own) in originals.items():
+            layer.module.weight, layer.module.bias = weight, own

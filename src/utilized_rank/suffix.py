@@ -6,6 +6,7 @@ values that the suffix takes from elsewhere (the layer's input, a shortcut aroun
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any, cast
@@ -31,12 +32,18 @@ class Traced:
         except Exception:  # tracing runs the network's own code, which may raise anything on proxies
             self.graph = None
 
+    def through(self, network: nn.Module) -> Traced:
+        """The same graph through the modules of ``network``, which has some of its own under the same names."""
+        other = copy.copy(self)
+        other.network = network
+        return other
+
     @property
     def traced(self) -> bool:
         """Whether layers can be run on their own."""
         return self.graph is not None
 
-    def _node(self, name: str) -> fx.Node | None:
+    def node(self, name: str) -> fx.Node | None:
         """The one call of module ``name``, or of the module around it that was not traced into."""
         if self.graph is None:
             return None
@@ -50,7 +57,7 @@ class Traced:
         That is so where the network could not be traced, calls the layer more than once, or reads its
         weight without calling it.
         """
-        node = self._node(name)
+        node = self.node(name)
         if node is None:
             return None
         suffix = {node: None}
@@ -109,8 +116,6 @@ class Suffix:
         self.sources: list[fx.Node] = []
         self.kept: list[Values | None] = [None] * len(batches)
         self.run: Callable[..., Values] | None = None
-        self.share = 1.0
-        """FLOPs of running from the layer on, over those of the whole network: a mean over the batches."""
 
     @torch.inference_mode()
     def move_to(self, name: str) -> None:
@@ -138,15 +143,31 @@ class Suffix:
                 self.kept[i] = moved if left >= 0 else None
         self.sources = frontier
         self.run = self.traced.between(frontier, [self.traced.logits()])
+        self.__dict__.pop("share", None)
         values = self.kept[0]
-        if values is None:
-            self.share = 1.0
-        elif self._repeats(values):
-            kept = sum(value is not None for value in self.kept) / len(self.kept)
-            from_here = flops_of(self.run, *values) / max(1, flops_of(self.traced.network, self._first))
-            self.share = 1 - kept + kept * from_here
-        else:
+        if values is not None and not self._repeats(values):
             self._keep_nothing()
+
+    @cached_property
+    def share(self) -> float:
+        """FLOPs of running from the layer on, over those of the whole network: a mean over the batches."""
+        values = self.kept[0]
+        if self.run is None or values is None:
+            return 1.0
+        kept = sum(value is not None for value in self.kept) / len(self.kept)
+        from_here = flops_of(self.run, *values) / max(1, flops_of(self.traced.network, self._first))
+        return 1 - kept + kept * from_here
+
+    def reader(self, nodes: Sequence[fx.Node]) -> Callable[[int], Values]:
+        """From a batch's index to the values of ``nodes``, none of which lies behind the layer."""
+        onward = self.traced.between(self.sources, nodes)
+        from_images = self.traced.between([self.traced.images()], nodes)
+
+        def values(index: int) -> Values:
+            kept = self.kept[index]
+            return cast(Values, from_images(self._batch(index)) if kept is None else onward(*kept))
+
+        return values
 
     @cached_property
     def _first(self) -> Tensor:
@@ -156,7 +177,8 @@ class Suffix:
         return self.images[self.batches[index]].contiguous(memory_format=torch.channels_last)
 
     def _keep_nothing(self) -> None:
-        self.sources, self.kept, self.run, self.share = [], [None] * len(self.batches), None, 1.0
+        self.sources, self.kept, self.run = [], [None] * len(self.batches), None
+        self.__dict__.pop("share", None)
 
     def _repeats(self, values: Values) -> bool:
         """Whether running gives what the network gives, and leaves what was kept as it is.
