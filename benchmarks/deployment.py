@@ -57,7 +57,7 @@ def _single_layers() -> pd.DataFrame:
         layer = Layer(name, module)
         for kept in (0.1, 0.25, 0.5, 0.75):
             rank = max(1, round(kept * layer.m * layer.n / (layer.m + layer.n)))
-            two = pair(module, rank, module.bias is not None).to(memory_format=torch.channels_last).eval()
+            two = pair(module, "channel", rank, module.bias is not None).to(memory_format=torch.channels_last).eval()
             for batch in BATCHES:
                 inputs = torch.randn(batch, *shape)
                 if len(shape) == 3:

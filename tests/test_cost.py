@@ -90,14 +90,14 @@ def test_groups_divide_the_work():
 
 @pytest.mark.parametrize(("groups", "bias"), [(1, True), (2, False)])
 def test_a_factorized_convolution_costs_its_two_layers(groups, bias):
-    two = pair(nn.Conv2d(8, 12, 3, stride=2, padding=1, groups=groups), 2, bias)
+    two = pair(nn.Conv2d(8, 12, 3, stride=2, padding=1, groups=groups), "channel", 2, bias)
     inner = 2 * groups
     assert flops(two, 8, 8, 8) == (conv(8, inner, 3, 4) + conv(inner, 12, 1, 4)) // groups
     assert cost.parameters(two) == (8 * inner * 9 + inner * 12) // groups + 12 * bias
 
 
 def test_a_factorized_linear_layer_costs_its_two_layers():
-    two = pair(nn.Linear(20, 30), 3, bias=True)
+    two = pair(nn.Linear(20, 30), "channel", 3, bias=True)
     assert flops(two, 5, 20) == linear(20, 3, 5) + linear(3, 30, 5)
     assert cost.parameters(two) == 3 * (20 + 30) + 30
 
@@ -109,7 +109,7 @@ def test_factorizing_one_layer_changes_the_cost_by_the_difference(make, name):
     smaller = copy.deepcopy(network)
     own = network.get_submodule(layer)
     m, n = own.weight[0].numel(), len(own.weight)
-    substitute(smaller, {layer: pair(own, 2, own.bias is not None)})
+    substitute(smaller, {layer: pair(own, "channel", 2, own.bias is not None)})
     saved = m * n - 2 * (m + n)
     assert cost.parameters(network) - cost.parameters(smaller) == saved
     assert flops(network, 3, 8, 8) - flops(smaller, 3, 8, 8) == 2 * saved * positions

@@ -9,18 +9,16 @@ from torch import Tensor, nn
 
 from utilized_rank.layers import Layer, countable
 from utilized_rank.lowrank import (
+    FORMS,
     METHODS,
     Factors,
     Target,
     factorized,
-    optimal,
     pair,
-    projection,
     restructure,
     right_singular,
     saves,
     substitute,
-    svd,
 )
 from utilized_rank.moments import Moments, input_moments
 from utilized_rank.projection import bases, projected, replaced
@@ -68,6 +66,11 @@ def make_case(seed: int = 0, m: int = 7, n: int = 5, groups: int = 1) -> Case:
     return Case(Target(layer, moments, *bases(layer, moments), m, n), rows)
 
 
+def cut(method: str, target: Target, form: str = "channel") -> Factors:
+    """The fit of a method at the rank of its target."""
+    return FORMS[form](METHODS[method](target)).factors(target.rank)
+
+
 CASES = st.builds(
     make_case,
     seed=st.integers(0, 10_000),
@@ -88,13 +91,13 @@ def at_most(error: float, other: float, case: Case) -> bool:
 @given(CASES, st.data())
 def test_the_optimum_is_no_worse_than_any_other_map_of_its_rank(case, data):
     rank = ranked(case, data)
-    best = optimal(case.at(rank))
+    best = cut("optimal", case.at(rank))
     error, generator = case.error_of(best), torch.Generator().manual_seed(0)
 
     def noise(like: Tensor) -> Tensor:
         return torch.randn(like.shape, generator=generator, dtype=torch.float64)
 
-    tried = [METHODS[name](case.at(rank)).matrix() for name in METHODS]
+    tried = [cut(name, case.at(rank)).matrix() for name in METHODS]
     tried += [noise(best.first) @ noise(best.second) for _ in range(3)]
     for size in (1e-1, 1e-3):  # and near the optimum
         tried += [(best.first + size * noise(best.first)) @ (best.second + size * noise(best.second))]
@@ -108,7 +111,7 @@ def test_the_error_of_the_optimum_is_the_variance_of_the_outputs_beyond_its_rank
     rank = ranked(case, data)
     variances = principal(output_moment(case.target.moments.centred, case.weight)).values
     left, rounding = float(variances[:, rank:].sum()), 1e-9 * float(variances.sum())
-    assert case.error_of(optimal(case.at(rank))) == pytest.approx(left, rel=1e-6, abs=rounding)
+    assert case.error_of(cut("optimal", case.at(rank))) == pytest.approx(left, rel=1e-6, abs=rounding)
 
 
 @pytest.mark.parametrize("rank", [1, 2, 4, 5])
@@ -121,7 +124,7 @@ def test_the_optimum_is_whitening_then_svd(rank, groups):
     u, sigma, vh = torch.linalg.svd(root @ case.weight, full_matrices=False)
     truncated = u[..., :rank] @ torch.diag_embed(sigma[..., :rank]) @ vh[..., :rank, :]
     expected = torch.linalg.solve(root, truncated)
-    torch.testing.assert_close(optimal(case.at(rank)).matrix(), expected, rtol=0, atol=1e-8)
+    torch.testing.assert_close(cut("optimal", case.at(rank)).matrix(), expected, rtol=0, atol=1e-8)
 
 
 @given(CASES, st.data())
@@ -129,7 +132,7 @@ def test_centred_with_corrected_bias_is_no_worse_than_uncentred(case, data):
     rank = ranked(case, data)
     top = principal(output_moment(case.target.moments.second, case.weight)).top(rank)
     uncentred = case.weight @ top @ top.mT
-    best = optimal(case.at(rank))
+    best = cut("optimal", case.at(rank))
     assert at_most(case.error_of(best), case.error(uncentred), case)
     assert at_most(case.error_of(best), case.error(uncentred, case.best_bias(uncentred)), case)
 
@@ -137,7 +140,7 @@ def test_centred_with_corrected_bias_is_no_worse_than_uncentred(case, data):
 @pytest.mark.parametrize("rank", [1, 3])
 def test_the_corrected_bias_keeps_the_mean_of_the_outputs(rank):
     case = make_case(groups=2)
-    best = optimal(case.at(rank))
+    best = cut("optimal", case.at(rank))
     before = (case.rows @ case.weight).mean(1)
     torch.testing.assert_close((case.rows @ best.matrix()).mean(1) + best.bias, before, rtol=0, atol=1e-10)
     assert float((before - (case.rows @ best.matrix()).mean(1)).abs().max()) > 1e-2  # it had to be corrected
@@ -146,7 +149,7 @@ def test_the_corrected_bias_keeps_the_mean_of_the_outputs(rank):
 @pytest.mark.parametrize(("k_s", "k_t"), [(2, 3), (3, 2), (7, 2), (3, 5), (1, 1), (7, 5)])
 def test_projection_is_p_s_w_p_t_in_factors_of_its_rank(k_s, k_t):
     case = make_case(groups=2)
-    factors = projection(replace(case.target, k_s=k_s, k_t=k_t))
+    factors = cut("projection", replace(case.target, k_s=k_s, k_t=k_t))
     s, t = case.target.s, case.target.t
     expected = s.projector(k_s) @ case.weight @ t.projector(k_t)
     torch.testing.assert_close(factors.matrix(), expected, rtol=0, atol=1e-10)
@@ -158,7 +161,7 @@ def test_projection_is_p_s_w_p_t_in_factors_of_its_rank(k_s, k_t):
 def test_svd_is_the_best_approximation_of_the_weight_alone(rank):
     """||W - M||_F^2 is the sum of the squared singular values beyond the rank (Eckart and Young)."""
     case = make_case()
-    factors = svd(case.at(rank))
+    factors = cut("svd", case.at(rank))
     beyond = torch.linalg.svdvals(case.weight)[:, rank:].square().sum()
     error = (case.weight - factors.matrix()).square().sum()
     torch.testing.assert_close(error, beyond, rtol=0, atol=1e-12)
@@ -168,7 +171,7 @@ def test_svd_is_the_best_approximation_of_the_weight_alone(rank):
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("rank", [1, 3, 5])
 def test_every_method_gives_its_rank(method, rank):
-    factors = METHODS[method](make_case(groups=2).at(rank))
+    factors = cut(method, make_case(groups=2).at(rank))
     assert factors.rank == rank
     assert factors.first.shape == (2, 7, rank)
     assert factors.second.shape == (2, rank, 5)
@@ -178,7 +181,7 @@ def test_every_method_gives_its_rank(method, rank):
 @pytest.mark.parametrize("method", METHODS)
 def test_at_full_rank_every_method_gives_the_weight(method):
     case = make_case(groups=2)
-    torch.testing.assert_close(METHODS[method](case.target).matrix(), case.weight, rtol=0, atol=1e-10)
+    torch.testing.assert_close(cut(method, case.target).matrix(), case.weight, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -189,7 +192,7 @@ def test_a_dead_layer_keeps_one_dimension_and_what_it_computes(method):
     moments.add(torch.zeros(1, 10, layer.m))
     target = Target(layer, moments, *bases(layer, moments), 0, 0)
     zeros = torch.zeros(1, layer.m, 1, 1)
-    two = factorized(layer, METHODS[method](target))
+    two = factorized(layer, cut(method, target))
     assert target.rank == 1
     torch.testing.assert_close(two(zeros), layer.module(zeros))
 
@@ -208,8 +211,8 @@ def test_right_singular_vectors_are_orthonormal_and_descending():
 )
 def test_a_rank_saves_where_two_layers_hold_fewer_weights_than_one(m, n, rank, expected):
     layer = Layer("fc", nn.Linear(m, n))
-    assert saves(layer, rank) is expected
-    two = pair(layer.module, rank, bias=True)
+    assert saves(layer, "channel", rank) is expected
+    two = pair(layer.module, "channel", rank, bias=True)
     assert expected == (two[0].weight.numel() + two[1].weight.numel() < layer.module.weight.numel())
 
 
@@ -224,7 +227,7 @@ def of_random_inputs(layer: Layer, rank: int | None = None) -> Target:
 @pytest.mark.parametrize("method", METHODS)
 def test_two_layers_compute_what_the_replaced_weight_computes(convolution, maps, method):
     layer = Layer("conv", convolution)
-    factors = METHODS[method](of_random_inputs(layer, max(1, layer.width // 2)))
+    factors = cut(method, of_random_inputs(layer, max(1, layer.width // 2)))
     added = 0 if factors.bias is None else factors.bias.reshape(-1, 1, 1).float()
     with torch.no_grad(), replaced({layer: factors.matrix()}):
         expected = convolution(maps) + added
@@ -237,7 +240,7 @@ def test_a_linear_layer_is_two_on_tokens_too(method, bias, generator):
     torch.manual_seed(0)
     layer = Layer("fc", nn.Linear(6, 9, bias=bias))
     tokens = torch.randn(2, 5, 6, generator=generator)
-    factors = METHODS[method](of_random_inputs(layer, 2))
+    factors = cut(method, of_random_inputs(layer, 2))
     two = factorized(layer, factors)
     expected = tokens.double() @ factors.matrix()
     expected += sum(b for b in (layer.module.bias, factors.bias) if b is not None)
@@ -248,7 +251,7 @@ def test_a_linear_layer_is_two_on_tokens_too(method, bias, generator):
 @pytest.mark.parametrize("method", METHODS)
 def test_at_full_rank_two_layers_compute_what_the_one_did(convolution, maps, method):
     layer = Layer("conv", convolution)
-    two = factorized(layer, METHODS[method](of_random_inputs(layer)))
+    two = factorized(layer, cut(method, of_random_inputs(layer)))
     torch.testing.assert_close(two(maps), convolution(maps), rtol=0, atol=1e-5)
 
 
@@ -258,7 +261,7 @@ def test_at_full_rank_the_factorized_network_is_the_original(make, images, metho
     network = make(name)
     small = copy.deepcopy(network)
     layers = countable(network).layers
-    substitute(small, {x.name: factorized(x, METHODS[method](of_random_inputs(x))) for x in layers})
+    substitute(small, {x.name: factorized(x, cut(method, of_random_inputs(x))) for x in layers})
     with torch.no_grad():
         torch.testing.assert_close(small(images), network(images), rtol=0, atol=1e-5)
     assert all(isinstance(small.get_submodule(layer.name), nn.Sequential) for layer in layers)
@@ -267,7 +270,7 @@ def test_at_full_rank_the_factorized_network_is_the_original(make, images, metho
 def test_two_layers_share_no_memory_with_the_one():
     case = make_case()
     module = case.target.layer.module
-    two = factorized(case.target.layer, svd(case.at(2)))
+    two = factorized(case.target.layer, cut("svd", case.at(2)))
     before = copy.deepcopy(module.state_dict())
     with torch.no_grad():
         for parameter in two.parameters():
@@ -276,7 +279,7 @@ def test_two_layers_share_no_memory_with_the_one():
 
 
 def test_two_layers_can_be_trained():
-    two = factorized(make_case().target.layer, optimal(make_case().at(2)))
+    two = factorized(make_case().target.layer, cut("optimal", make_case().at(2)))
     two(torch.ones(1, 7, 1, 1)).sum().backward()
     assert all(parameter.grad is not None for parameter in two.parameters())
 
@@ -294,14 +297,17 @@ def test_the_optimum_of_real_inputs_of_a_padded_convolution_beats_the_others(mak
     with torch.no_grad():
         expected = layer.module(inputs[0])
         error = {
-            name: float((factorized(layer, method(target))(inputs[0]) - expected).square().mean())
-            for name, method in METHODS.items()
+            name: float((factorized(layer, cut(name, target))(inputs[0]) - expected).square().mean())
+            for name in METHODS
         }
     assert error["optimal"] < min(error["projection"], error["svd"])
 
 
 def test_a_network_takes_the_form_and_the_weights_of_a_decomposed_one(make, images):
-    network, form = make("residual"), {"conv1": [2, 1], "conv2": [3, 0], "head": [2, 1]}
+    network, form = (
+        make("residual"),
+        {"conv1": ["channel", 2, 1], "conv2": ["spatial", 3, 0], "head": ["channel", 2, 1]},
+    )
     small = copy.deepcopy(network)
     restructure(small, form)
     assert small.conv2[1].bias is None
@@ -315,7 +321,7 @@ def test_a_network_takes_the_form_and_the_weights_of_a_decomposed_one(make, imag
 def test_a_module_under_two_names_is_replaced_under_both(make, images):
     network = make("shared")
     layer = countable(network).layers[1]
-    factors = svd(of_random_inputs(layer, 2))
+    factors = cut("svd", of_random_inputs(layer, 2))
     with torch.no_grad(), replaced({layer: factors.matrix()}):
         expected = network(images)
     substitute(network, {layer.name: factorized(layer, factors)})
@@ -330,7 +336,7 @@ def test_projected_weights_and_their_factors_are_one_function(make, images):
     known = [(x, moments[x.name]) for x in layers]
     targets = [Target(x, its, *bases(x, its), x.width // 2, x.width - 1) for x, its in known]
     small = copy.deepcopy(network)
-    substitute(small, {t.layer.name: factorized(t.layer, projection(t)) for t in targets})
+    substitute(small, {t.layer.name: factorized(t.layer, cut("projection", t)) for t in targets})
     weights = {t.layer: projected(t.layer.weight(), t.s, t.t, t.k_s, t.k_t) for t in targets}
     with torch.no_grad(), replaced(weights):
         expected = network(images)

@@ -10,7 +10,7 @@ import difflib
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from ruamel.yaml import YAML
@@ -242,12 +242,69 @@ class Measure(Section):
         return self
 
 
-class Decompose(Section):
-    """Which low-rank weights are built at the ranks found."""
+Method = Literal["projection", "optimal", "svd", "compensated"]
+"""Low-rank weights: the paper's, the closed-form optimum, plain SVD, and the optimum fitted front to back."""
+Share = Annotated[float, Field(gt=0, lt=1)]
 
-    methods: Annotated[list[Literal["projection", "optimal", "svd"]], Field(min_length=1)]
-    finetuned: Annotated[list[Literal["projection", "optimal", "svd"]], Field(min_length=1)]
-    """Those of ``methods`` that are trained on."""
+
+class Policy(Section):
+    """How the ranks of all layers are chosen: by a tolerance, or by a budget."""
+
+    search: Literal["independent", "cumulative", "joint"] | None = None
+    """One layer altered at a time (Garg et al. 2024); front to back, what is before a layer replaced already; or
+    the smallest network whose accuracy stays within the tolerance with all layers replaced."""
+    epsilon: Percent | None = None
+    """Tolerated loss of accuracy on the search split, in percentage points (of a search)."""
+    budget: dict[Literal["params", "flops", "latency"], Share] | None = None
+    """The part of the network's parameters, FLOPs or measured time that may remain: one of them."""
+    weights: Method = "compensated"
+    """What layers are replaced with in the search (cumulative, joint)."""
+    finetuned: list[Method] = []
+    """Those of ``decompose.methods`` that are trained on at these ranks."""
+
+    @model_validator(mode="after")
+    def _says_how(self) -> Policy:
+        if (self.search is None) != (self.epsilon is None):
+            raise ValueError("search and epsilon belong together")
+        if (self.search is None) == (self.budget is None):
+            raise ValueError("give either search and epsilon, or budget")
+        if self.budget is not None and len(self.budget) != 1:
+            raise ValueError(f"a budget is of one kind, not of {len(self.budget)}")
+        return self
+
+    @property
+    def kind(self) -> str:
+        """The search, or what the budget is of."""
+        return self.search or next(iter(self.budget or {}))
+
+    @property
+    def amount(self) -> float:
+        """The tolerance in points, or the part that may remain."""
+        return next(iter(self.budget.values())) if self.budget else cast(float, self.epsilon)
+
+    @property
+    def name(self) -> str:
+        """Of its networks' files and in tables, as ``joint-0.5``."""
+        return f"{self.kind}-{self.amount:g}"
+
+
+class Decompose(Section):
+    """Which low-rank weights are built, and at which ranks."""
+
+    methods: Annotated[list[Method], Field(min_length=1)]
+    finetuned: Annotated[list[Method], Field(min_length=1)]
+    """Those of ``methods`` that are trained on at the utilized ranks."""
+    ranks: list[Policy] = []
+    """Ranks beside the utilized ones, which are those of the independent search at each of ``measure.epsilons``."""
+    forms: list[Literal["channel", "spatial"]] = ["channel"]
+    """In two how: k x k then 1 x 1; and k x 1 then 1 x k, chosen layer by layer."""
+    losses: Literal["energy", "divergence"] = "divergence"
+    """What a budget adds up over the layers: the lost part of their outputs' variance, or the measured
+    divergence of the predictions."""
+    images: Positive = 2000
+    """Calibration images that weights are compensated on (all of them where there are fewer)."""
+    loss_images: Positive = 500
+    """Calibration images that the divergence is measured on."""
     objective: Literal["parameters", "latency"] = "parameters"
     """Put a layer in two where that saves weights; or only where it is also faster, as measured on this machine."""
     latency_images: Positive = 64
@@ -259,8 +316,15 @@ class Decompose(Section):
 
     @model_validator(mode="after")
     def _finetunes_what_it_builds(self) -> Decompose:
-        if missing := sorted(set(self.finetuned) - set(self.methods)):
-            raise ValueError(f"finetuned names {missing}, which methods does not build")
+        if "channel" not in self.forms:
+            raise ValueError("forms needs channel: not every layer can take another")
+        trained = [("finetuned", self.finetuned), *((f"ranks {p.name}", p.finetuned) for p in self.ranks)]
+        for where, methods in trained:
+            if missing := sorted(set(methods) - set(self.methods)):
+                raise ValueError(f"{where} names {missing}, which methods does not build")
+        names = [policy.name for policy in self.ranks]
+        for name in sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"ranks has {name} {names.count(name)} times")
         return self
 
 
@@ -310,6 +374,12 @@ class Study(Section):
     notes: list[str] = []
     """What was cut, and other choices of this study: the report lists them."""
 
+    def policies(self) -> list[Policy]:
+        """All ways in which ranks are chosen: the utilized ranks at each tolerance first."""
+        searched = sorted(self.measure.epsilons)
+        utilized = [Policy(search="independent", epsilon=e, finetuned=self.decompose.finetuned) for e in searched]
+        return [*utilized, *self.decompose.ranks]
+
     @model_validator(mode="after")
     def _parts_fit_together(self) -> Study:
         mistakes = [*self._mistakes()]
@@ -318,6 +388,9 @@ class Study(Section):
         return self
 
     def _mistakes(self) -> Iterator[str]:
+        for policy in self.decompose.ranks:
+            if policy.search == "independent":
+                yield f"decompose.ranks has {policy.name}: its tolerance belongs to measure.epsilons"
         if FROM_SCRATCH in self.pretrained:
             yield f"pretrained.{FROM_SCRATCH} is taken: it means random weights"
         for name, made in self.pretrained.items():

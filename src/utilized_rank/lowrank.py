@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -258,14 +258,15 @@ def factorized(layer: Layer, factors: Factors) -> nn.Sequential:
     module = layer.module
     bias = bias_of(layer, factors.bias)
     two = pair(module, factors.form, factors.rank, bias is not None)
-    first, second = factors.first, factors.second
+    first = factors.first
     if factors.form == "spatial":
         _, _, across = _patch(layer)
         first = first.reshape(1, -1, across, factors.rank, across)[:, :, 0, :, 0]  # (1, C k_h, r)
-    two[0].weight.copy_(first.mT.reshape(two[0].weight.shape))
-    two[1].weight.copy_(second.mT.reshape(two[1].weight.shape))
-    if bias is not None and two[1].bias is not None:
-        two[1].bias.copy_(bias)
+    for its, matrix in zip(two, (first, factors.second), strict=True):
+        weight = cast(Tensor, its.weight)
+        weight.copy_(matrix.mT.reshape(weight.shape))
+    if bias is not None:
+        cast(Tensor, two[1].bias).copy_(bias)
     return two.to(memory_format=torch.channels_last)
 
 
@@ -302,5 +303,5 @@ def restructure(network: nn.Module, forms: dict[str, list[Any]]) -> None:
         forms: for each factorized layer what :func:`form_of` said.
     """
     found = {name: (network.get_submodule(name), *how) for name, how in forms.items()}
-    pairs = {name: pair(m, form, rank, bool(bias)) for name, (m, form, rank, bias) in found.items()}  # type: ignore[arg-type]
+    pairs = {name: pair(m, form, rank, bool(bias)) for name, (m, form, rank, bias) in found.items()}
     substitute(network, {name: two.to(memory_format=torch.channels_last) for name, two in pairs.items()})

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
@@ -14,7 +16,7 @@ from .allocation import Allocation, Options
 from .config import StudyError
 from .data import Batches
 from .evaluation import outputs
-from .layers import Layer
+from .layers import Layer, Weighted
 from .lowrank import FORMS, Cut, Factors, Fit, bias_of, forms_of, pair, saves, weights_a_rank
 from .projection import replaced
 from .rank_search import smallest
@@ -111,7 +113,7 @@ def latency_costs(network: nn.Module, layers: list[Candidate], images: Tensor) -
 
 
 COSTS: dict[str, Callable[[nn.Module, list[Candidate], Tensor], Costs]] = {
-    "parameters": parameter_costs,
+    "params": parameter_costs,
     "flops": flop_costs,
     "latency": latency_costs,
 }
@@ -131,8 +133,8 @@ def _received(network: nn.Module, layers: list[Layer], images: Tensor) -> dict[s
     """What flows into each layer for ``images``."""
     seen: dict[str, Tensor] = {}
 
-    def keep(name: str) -> Callable[..., None]:
-        return lambda module, args: seen.setdefault(name, args[0]) is None and None
+    def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda _, args: seen.update({name: args[0]})
 
     handles = [layer.module.register_forward_pre_hook(keep(layer.name)) for layer in layers]
     try:
@@ -189,7 +191,7 @@ LOSSES: dict[str, Callable[[nn.Module, list[Candidate], Batches, int], Losses]] 
 }
 
 
-def _cut(layer: Layer, factors: Factors):  # noqa: ANN202  (a context manager)
+def _cut(layer: Layer, factors: Factors) -> AbstractContextManager[None]:
     """The layer as it would be in two, while the context lasts."""
     bias = bias_of(layer, factors.bias)
     return replaced({layer: factors.matrix()}, {} if bias is None else {layer: bias})
@@ -351,7 +353,7 @@ class Cumulative:
         candidate = candidates([fit], self._forms)[0]
         needed = self._correct - self._spare * self._places[layer.name] / len(self._places)
         self._suffix.move_to(layer.name)
-        inside = Layer(layer.name, self._network.get_submodule(layer.name))
+        inside = Layer(layer.name, cast(Weighted, self._network.get_submodule(layer.name)))
 
         def factors(rank: int) -> Factors:
             form, its = closest(candidate, rank, self._flops)
