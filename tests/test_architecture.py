@@ -43,6 +43,7 @@ ORDER = [
     "compensation",
     "policies",
     "decompose",
+    "frontier",
     "tables",
     "figures.style",
     "figures.images",

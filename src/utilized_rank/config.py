@@ -203,6 +203,17 @@ class Train(Recipe):
     lr: Annotated[float, Field(gt=0)] = 1e-3
 
 
+class Finetune(Recipe):
+    """How decomposed networks, and the dense one, are trained on."""
+
+    lrs: list[Annotated[float, Field(gt=0)]] = []
+    """Further learning rates; each network takes the one with the best accuracy on the search split."""
+    distillation: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Weight of the divergence from the original's predictions, beside that of the labels' cross-entropy."""
+    seeds: Positive = 1
+    """Networks that differ in their random numbers alone, at the learning rate that the first one took."""
+
+
 class Run(Section):
     """One network of the study."""
 
@@ -260,7 +271,7 @@ class Policy(Section):
     weights: Method = "compensated"
     """What layers are replaced with in the search (cumulative, joint)."""
     finetuned: list[Method] = []
-    """Those of ``decompose.methods`` that are trained on at these ranks."""
+    """Those of ``methods`` that are trained on at these ranks."""
 
     @model_validator(mode="after")
     def _says_how(self) -> Policy:
@@ -289,22 +300,11 @@ class Policy(Section):
 
 
 class Decompose(Section):
-    """Which low-rank weights are built, and at which ranks."""
+    """Which low-rank weights are built at the ranks found."""
 
-    methods: Annotated[list[Method], Field(min_length=1)]
-    finetuned: Annotated[list[Method], Field(min_length=1)]
-    """Those of ``methods`` that are trained on at the utilized ranks."""
-    ranks: list[Policy] = []
-    """Ranks beside the utilized ones, which are those of the independent search at each of ``measure.epsilons``."""
-    forms: list[Literal["channel", "spatial"]] = ["channel"]
-    """In two how: k x k then 1 x 1; and k x 1 then 1 x k, chosen layer by layer."""
-    losses: Literal["energy", "divergence"] = "divergence"
-    """What a budget adds up over the layers: the lost part of their outputs' variance, or the measured
-    divergence of the predictions."""
-    images: Positive = 2000
-    """Calibration images that weights are compensated on (all of them where there are fewer)."""
-    loss_images: Positive = 500
-    """Calibration images that the divergence is measured on."""
+    methods: Annotated[list[Literal["projection", "optimal", "svd"]], Field(min_length=1)]
+    finetuned: Annotated[list[Literal["projection", "optimal", "svd"]], Field(min_length=1)]
+    """Those of ``methods`` that are trained on."""
     objective: Literal["parameters", "latency"] = "parameters"
     """Put a layer in two where that saves weights; or only where it is also faster, as measured on this machine."""
     latency_images: Positive = 64
@@ -316,12 +316,38 @@ class Decompose(Section):
 
     @model_validator(mode="after")
     def _finetunes_what_it_builds(self) -> Decompose:
+        if missing := sorted(set(self.finetuned) - set(self.methods)):
+            raise ValueError(f"finetuned names {missing}, which methods does not build")
+        return self
+
+
+class Frontier(Section):
+    """One run beyond the paper: ranks that compose, weights that are fitted front to back, fair fine-tuning."""
+
+    methods: Annotated[list[Method], Field(min_length=1)]
+    """Low-rank weights that are built."""
+    ranks: Annotated[list[Policy], Field(min_length=1)]
+    """At which ranks."""
+    forms: Annotated[list[Literal["channel", "spatial"]], Field(min_length=1)] = ["channel", "spatial"]
+    """In two how: k x k then 1 x 1; and k x 1 then 1 x k, chosen layer by layer."""
+    losses: Literal["energy", "divergence"] = "divergence"
+    """What a budget adds up over the layers: the lost part of their outputs' variance, or the measured
+    divergence of the predictions."""
+    images: Positive = 2000
+    """Calibration images that weights are compensated on (all of them where there are fewer)."""
+    loss_images: Positive = 500
+    """Calibration images that the divergence is measured on."""
+    latency_images: Positive = 64
+    """Images at a time, where latency is measured."""
+    finetune: Finetune
+
+    @model_validator(mode="after")
+    def _parts_fit_together(self) -> Frontier:
         if "channel" not in self.forms:
             raise ValueError("forms needs channel: not every layer can take another")
-        trained = [("finetuned", self.finetuned), *((f"ranks {p.name}", p.finetuned) for p in self.ranks)]
-        for where, methods in trained:
-            if missing := sorted(set(methods) - set(self.methods)):
-                raise ValueError(f"{where} names {missing}, which methods does not build")
+        for policy in self.ranks:
+            if missing := sorted(set(policy.finetuned) - set(self.methods)):
+                raise ValueError(f"ranks {policy.name}: finetuned names {missing}, which methods does not build")
         names = [policy.name for policy in self.ranks]
         for name in sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"ranks has {name} {names.count(name)} times")
@@ -369,16 +395,12 @@ class Study(Section):
     runs: Annotated[dict[Name, Run], Field(min_length=1)]
     measure: Measure
     decompose: Decompose
+    frontier: dict[Name, Frontier] = {}
+    """Of some of the runs, by their names."""
     comparisons: dict[Name, Comparison] = {}
     repeats: dict[Name, Repeats] = {}
     notes: list[str] = []
     """What was cut, and other choices of this study: the report lists them."""
-
-    def policies(self) -> list[Policy]:
-        """All ways in which ranks are chosen: the utilized ranks at each tolerance first."""
-        searched = sorted(self.measure.epsilons)
-        utilized = [Policy(search="independent", epsilon=e, finetuned=self.decompose.finetuned) for e in searched]
-        return [*utilized, *self.decompose.ranks]
 
     @model_validator(mode="after")
     def _parts_fit_together(self) -> Study:
@@ -388,9 +410,12 @@ class Study(Section):
         return self
 
     def _mistakes(self) -> Iterator[str]:
-        for policy in self.decompose.ranks:
-            if policy.search == "independent":
-                yield f"decompose.ranks has {policy.name}: its tolerance belongs to measure.epsilons"
+        for name, frontier in self.frontier.items():
+            if name not in self.runs:
+                yield _undefined("frontier", name, self.runs)
+            for policy in frontier.ranks:
+                if policy.search == "independent" and policy.epsilon not in self.measure.epsilons:
+                    yield f"frontier.{name}.ranks has {policy.name}, a tolerance that measure.epsilons has not"
         if FROM_SCRATCH in self.pretrained:
             yield f"pretrained.{FROM_SCRATCH} is taken: it means random weights"
         for name, made in self.pretrained.items():

@@ -63,19 +63,29 @@ def projection(target: Target) -> Fit:
 
 
 def svd(target: Target) -> Fit:
-    """W alone: the best approximation of the weight (Eckart and Young 1936), which knows nothing of the data."""
-    return Fit(target.layer, target.layer.weight().double())
+    """See :func:`weight_kept`."""
+    return weight_kept(target.layer)
 
 
 def optimal(target: Target) -> Fit:
+    """See :func:`outputs_kept`."""
+    return outputs_kept(target.layer, target.moments)
+
+
+def weight_kept(layer: Layer) -> Fit:
+    """W alone: the best approximation of the weight (Eckart and Young 1936), which knows nothing of the data."""
+    return Fit(layer, layer.weight().double())
+
+
+def outputs_kept(layer: Layer, moments: Moments) -> Fit:
     """The layer's own outputs on the calibration data: cut, the affine map with the least E||s W + b - s M - b'||^2.
 
     In the channel form M = W U U^T with U the top r eigenvectors of the centred W^T (C_S - mu^T mu) W, and
     b' = b + mu (W - M). The same optimum as whitening by C_S^(1/2) followed by an SVD (DRONE, Chen et
     al. 2021; SVD-LLM, Wang et al. 2024), without inverting anything.
     """
-    weight, mean = target.layer.weight().double(), target.moments.mean
-    return Fit(target.layer, weight, target.moments.centred, mean, (mean.unsqueeze(1) @ weight).squeeze(1))
+    weight, mean = layer.weight().double(), moments.mean
+    return Fit(layer, weight, moments.centred, mean, (mean.unsqueeze(1) @ weight).squeeze(1))
 
 
 METHODS: dict[str, Callable[[Target], Fit]] = {"projection": projection, "optimal": optimal, "svd": svd}

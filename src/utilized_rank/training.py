@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import pandas as pd
 import torch
@@ -11,12 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .config import Precision, Recipe
+from .config import Finetune, Precision, Recipe, Study
 from .data import Batches, Dataset, augment
 from .evaluation import features, is_correct
 from .images import Split
 from .models import classifier
-from .runtime import autocast
+from .runtime import autocast, start
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """From a batch of training images as they are kept, and their labels, int64 (B,), to its mean loss, a scalar."""
@@ -109,6 +111,68 @@ def train_supervised(
 
     watch = _watch(network, dataset)
     return fit(network.parameters(), loss, dataset.splits["train"], recipe, generator, precision, watch, title)
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A network that was trained on."""
+
+    network: nn.Module
+    lr: float
+    curve: pd.DataFrame
+    """As :func:`fit` returns it, with the accuracy (%) on the search split."""
+
+
+TEMPERATURE = 4.0
+"""Of distillation (Hinton et al. 2015)."""
+
+
+def finetune(
+    network: nn.Module, original: nn.Module, dataset: Dataset, recipe: Finetune, study: Study, purpose: str, title: str
+) -> list[Tuned]:
+    """Train copies of ``network`` on: one for each seed of ``recipe``.
+
+    Args:
+        network: what is trained on, never changed.
+        original: whose predictions it also learns from, where ``recipe`` asks for distillation.
+        dataset: of the training and the search split.
+        recipe: of every copy. Of several learning rates the first seed takes the one that is best on the search
+            split, and the others follow.
+        study: seed, threads and precision.
+        purpose: of the random numbers: those of one purpose and seed are the same for every network.
+        title: of the progress bar.
+    """
+    teacher = copy.deepcopy(original).eval()
+
+    def trained(lr: float, seed: int) -> Tuned:
+        student = copy.deepcopy(network)
+        generator = start(study, purpose if seed == 0 else f"{purpose} {seed}")
+
+        def loss(images: Tensor, labels: Tensor) -> Tensor:
+            student.train()
+            changed = augment(dataset.normalised(images), recipe.augmentation, generator)
+            logits = student(changed)
+            value = F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
+            if recipe.distillation:
+                value = torch.lerp(value, distillation(logits, teacher, changed), recipe.distillation)
+            return value
+
+        its = recipe.model_copy(update={"lr": lr})
+        train, watch = dataset.splits["train"], _watch(student, dataset)
+        curve = fit(student.parameters(), loss, train, its, generator, study.precision, watch, title)
+        return Tuned(student, lr, curve)
+
+    tried = [trained(lr, 0) for lr in dict.fromkeys([recipe.lr, *recipe.lrs])]
+    best = max(tried, key=lambda tuned: tuned.curve.search_accuracy.iloc[-1])
+    return [best, *(trained(best.lr, seed) for seed in range(1, recipe.seeds))]
+
+
+def distillation(logits: Tensor, teacher: nn.Module, images: Tensor) -> Tensor:
+    """T^2 times the divergence of softened predictions (B, classes) from the teacher's (Hinton et al. 2015)."""
+    with torch.no_grad():
+        wanted = (teacher(images).float() / TEMPERATURE).log_softmax(1)
+    given = (logits.float() / TEMPERATURE).log_softmax(1)
+    return TEMPERATURE**2 * F.kl_div(given, wanted, log_target=True, reduction="batchmean")
 
 
 def train_linear(

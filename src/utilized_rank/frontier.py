@@ -1,0 +1,206 @@
+"""Beyond the paper: one network at every choice of ranks, with every kind of low-rank weights."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import cached_property
+
+import pandas as pd
+import torch
+from torch import nn
+
+from . import config
+from .compensation import Compensation
+from .config import Policy
+from .data import Dataset
+from .decompose import Decomposed
+from .evaluation import is_correct
+from .layers import Layer, countable
+from .lowrank import FORMS, Factors, Fit, Target, factorized, form_of, outputs_kept, projection, substitute, weight_kept
+from .moments import Moments
+from .policies import (
+    COSTS,
+    LOSSES,
+    Budgets,
+    Candidate,
+    Choices,
+    Costs,
+    Cumulative,
+    Joint,
+    Losses,
+    candidates,
+    independent,
+    joint,
+)
+from .projection import bases
+
+
+class Compression:
+    """The low-rank networks of one measured network.
+
+    Args:
+        network: never changed.
+        ranks: its utilized ranks, as in ``Measurement.layers``.
+        moments: of the inputs of its layers.
+        dataset: its calibration images and its search split.
+        parameters: what is built, and how.
+        memory: MiB that the values that flow into a layer may take.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        ranks: pd.DataFrame,
+        moments: dict[str, Moments],
+        dataset: Dataset,
+        parameters: config.Frontier,
+        memory: int = 2048,
+    ) -> None:
+        self.network = network.eval()
+        self.ranks = ranks
+        self.moments = moments
+        self.dataset = dataset
+        self.parameters = parameters
+        self.memory = memory
+        self.images = dataset.inputs("train", parameters.images)
+        found = [layer for layer in countable(network).layers if layer.name in moments]
+        self.layers = {layer.name: layer for layer in in_call_order(network, found, self.images[:1])}
+
+    def choices(self, policy: Policy) -> Choices:
+        """The form and rank of each layer that ``policy`` puts in two.
+
+        Raises:
+            StudyError: a budget that not even the smallest network keeps.
+        """
+        if policy.budget is not None:
+            budgets = self.budgets(policy.kind)
+            return budgets.within(int(policy.amount * budgets.network))
+        if policy.search == "independent":
+            at = self.ranks[self.ranks.epsilon == policy.amount].set_index("layer")
+            ranks = {n: max(1, min(int(at.r[n]), layer.width)) for n, layer in self.layers.items()}
+            return independent(ranks, self._candidates, self._costs("flops"))
+        if policy.search == "cumulative":
+            return self._cumulative(policy.weights, policy.amount)
+        return self.joint(policy.weights, policy.amount).choices
+
+    def budgets(self, kind: str) -> Budgets:
+        """The best choices for every budget of one kind (see ``policies.COSTS``)."""
+        return Budgets(self._candidates, self._costs(kind), self._losses)
+
+    def joint(self, method: str, epsilon: float) -> Joint:
+        """The smallest network by ``method`` within ``epsilon`` points on the search split, all layers replaced."""
+        inputs, labels = self.dataset.inputs("search"), self.dataset.labels("search")
+        needed = int(is_correct(self.network, inputs, labels).sum()) - epsilon / 100 * len(labels) - 1e-9
+
+        def passes(choices: Choices) -> bool:
+            return int(is_correct(self.build(method, choices).network, inputs, labels).sum()) >= needed
+
+        return joint(self.budgets("params"), passes)
+
+    def build(self, method: str, choices: Choices) -> Decomposed:
+        """A copy of the network with layers in two, with the weights of ``method``.
+
+        Args:
+            method: one of ``config.Method``.
+            choices: the form and rank of each layer that is put in two.
+        """
+
+        def cut(fit: Fit) -> Factors:
+            form, rank = choices[fit.layer.name]
+            return FORMS[form](fit).factors(rank)
+
+        ranks = {name: rank for name, (_, rank) in choices.items()}
+        return self._in_turn(copy.deepcopy(self.network), method, ranks, cut)
+
+    def _cumulative(self, method: str, epsilon: float) -> Choices:
+        inputs, labels = self.dataset.inputs("search"), self.dataset.labels("search")
+        small = copy.deepcopy(self.network)
+        layers, flops = list(self.layers.values()), self._costs("flops")
+        search = Cumulative(small, layers, list(self.parameters.forms), flops, inputs, labels, epsilon, self.memory)
+        whole = {layer.name: layer.width for layer in layers}
+        made = self._in_turn(small, method, whole, search.choose)
+        return {name: (form, rank) for name, (form, rank, _) in made.forms.items()}
+
+    def _in_turn(
+        self, small: nn.Module, method: str, ranks: dict[str, int], choose: Callable[[Fit], Factors | None]
+    ) -> Decomposed:
+        """Replace layers of ``small``, a copy of the network, in the order of calls.
+
+        Args:
+            small: changed in place.
+            method: of the fits.
+            ranks: of the layers that may be replaced: what W' = P_S W P_T is projected on.
+            choose: what replaces a layer; None where it stays whole.
+        """
+        compensation = Compensation(self.network, small, self.images, self.memory)
+        fit: Callable[[Layer], Fit] = {
+            "compensated": compensation.fit,
+            "optimal": self._outputs_kept,
+            "svd": weight_kept,
+            "projection": lambda layer: projection(self._target(layer, ranks[layer.name])),
+        }[method]
+        forms = {}
+        for name, layer in self.layers.items():
+            factors = choose(fit(layer)) if name in ranks else None
+            if factors is not None:
+                two = factorized(layer, factors).eval()
+                substitute(small, {name: two})
+                forms[name] = form_of(two, factors)
+        return Decomposed(small, forms)
+
+    def _target(self, layer: Layer, rank: int) -> Target:
+        k_s, k_t = min(rank, layer.m), min(rank, layer.n)
+        return Target(layer, self.moments[layer.name], *bases(layer, self.moments[layer.name], k_s), k_s, k_t)
+
+    @cached_property
+    def _candidates(self) -> list[Candidate]:
+        """The layers, and how well each form and rank of them keeps its own outputs."""
+        return candidates(map(self._outputs_kept, self.layers.values()), list(self.parameters.forms))
+
+    def _outputs_kept(self, layer: Layer) -> Fit:
+        return outputs_kept(layer, self.moments[layer.name])
+
+    @cached_property
+    def _losses(self) -> Losses:
+        images = self.dataset.inputs("train", self.parameters.loss_images)
+        return LOSSES[self.parameters.losses](self.network, self._candidates, images, self.memory)
+
+    @cached_property
+    def _found(self) -> dict[str, Costs]:
+        return {}
+
+    def _costs(self, kind: str) -> Costs:
+        if kind not in self._found:
+            images = self.images[: self.parameters.latency_images]
+            self._found[kind] = COSTS[kind](self.network, self._candidates, images)
+        return self._found[kind]
+
+
+@torch.no_grad()
+def in_call_order(network: nn.Module, layers: list[Layer], image: torch.Tensor) -> list[Layer]:
+    """The layers in the order of their first calls for ``image`` (1, C, H, W); those never called are left out."""
+    calls: list[Layer] = []
+    handles = [layer.module.register_forward_hook(lambda *_, layer=layer: calls.append(layer)) for layer in layers]
+    try:
+        network.eval()(image)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return list(dict.fromkeys(calls))
+
+
+def choices_table(choices: dict[str, Choices], layers: dict[str, Layer]) -> pd.DataFrame:
+    """Every layer at every way of choosing ranks: ranks, layer, m, n, groups, form and rank; whole ones have rank 0.
+
+    Args:
+        choices: by the name of the policy.
+        layers: all that might be put in two, by name.
+    """
+    rows = [
+        {"ranks": name, "layer": layer.name, "m": layer.m, "n": layer.n, "groups": layer.groups}
+        | dict(zip(("form", "rank"), chosen.get(layer.name, ("whole", 0)), strict=True))
+        for name, chosen in choices.items()
+        for layer in layers.values()
+    ]
+    return pd.DataFrame(rows)
