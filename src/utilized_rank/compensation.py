@@ -100,7 +100,8 @@ def residual(traced: Traced, node: fx.Node) -> Sum | None:
     scale = torch.ones(1)
     while len(node.users) == 1:
         user = next(iter(node.users))
-        if user.op == "call_function" and user.target in (operator.add, operator.iadd, torch.add):
+        added = user.op == "call_function" and user.target in (operator.add, operator.iadd, torch.add)
+        if added and not user.kwargs:
             others = [a for a in user.args if isinstance(a, fx.Node) and a not in behind]
             return Sum(scale, others[0]) if len(others) == 1 else None
         factor = _factor(traced.network, user, node)
@@ -179,16 +180,21 @@ class Compensation:
             changed, *beside_changed = after(i)
             wanted = _without_bias(layer, inputs)
             if into is not None:
-                missing = (beside[0] - beside_changed[0]) * _inverse(into.scale, wanted)
-                wanted = wanted + missing.expand_as(wanted)
+                missing = (beside[0] - beside_changed[0]) * _by_channel(layer, _inverse(into.scale))
+                if torch.broadcast_shapes(missing.shape, wanted.shape) == wanted.shape:  # not one value for all places
+                    wanted = wanted + missing
             yield changed, wanted
 
 
-def _inverse(scale: Tensor, like: Tensor) -> Tensor:
-    """1 / scale for each channel of ``like``, damped where the scale is faint."""
+def _inverse(scale: Tensor) -> Tensor:
+    """1 / scale for each channel, damped where the scale is faint."""
     faint = FAINT * scale.square().mean().sqrt()
-    inverse = scale / (scale.square() + faint.square()).clamp_min(1e-30)
-    return inverse.view(-1, 1, 1) if like.ndim == 4 else inverse
+    return scale / (scale.square() + faint.square()).clamp_min(1e-30)
+
+
+def _by_channel(layer: Layer, values: Tensor) -> Tensor:
+    """Values (n,) as they go with the module's outputs: channels are the last dimension of a linear layer's."""
+    return values if isinstance(layer.module, nn.Linear) else values.view(-1, 1, 1)
 
 
 def _hooked(layer: Layer, original: Suffix, small: Suffix) -> Iterator[tuple[Tensor, Tensor]]:
@@ -204,7 +210,8 @@ def _hooked(layer: Layer, original: Suffix, small: Suffix) -> Iterator[tuple[Ten
 
 def _received(network: nn.Module, module: nn.Module, images: Tensor) -> list[Tensor]:
     seen: list[Tensor] = []
-    handle = module.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    # A copy, since the network may change it in place later on.
+    handle = module.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
     try:
         network(images)
     finally:
@@ -214,6 +221,4 @@ def _received(network: nn.Module, module: nn.Module, images: Tensor) -> list[Ten
 
 def _without_bias(layer: Layer, inputs: Tensor) -> Tensor:
     outputs: Tensor = layer.module(inputs)
-    if layer.module.bias is None:
-        return outputs
-    return outputs - (layer.module.bias.view(-1, 1, 1) if outputs.ndim == 4 else layer.module.bias)
+    return outputs if layer.module.bias is None else outputs - _by_channel(layer, layer.module.bias)

@@ -340,6 +340,8 @@ class Frontier(Section):
     latency_images: Positive = 64
     """Images at a time, where latency is measured."""
     finetune: Finetune
+    scratch: Finetune | None = None
+    """How networks of the same forms are trained from random weights, at ranks where any is trained on; null: none."""
 
     @model_validator(mode="after")
     def _parts_fit_together(self) -> Frontier:

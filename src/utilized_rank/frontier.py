@@ -5,19 +5,34 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from functools import cached_property
+from typing import Any
 
 import pandas as pd
 import torch
 from torch import nn
 
-from . import config
+from . import config, models
+from .attention import explicit
 from .compensation import Compensation
 from .config import Policy
 from .data import Dataset
 from .decompose import Decomposed
 from .evaluation import is_correct
 from .layers import Layer, countable
-from .lowrank import FORMS, Factors, Fit, Target, factorized, form_of, outputs_kept, projection, substitute, weight_kept
+from .lowrank import (
+    FORMS,
+    Factors,
+    Fit,
+    Target,
+    factorized,
+    form_of,
+    outputs_kept,
+    projection,
+    restructure,
+    substitute,
+    weight_kept,
+    weights_a_rank,
+)
 from .moments import Moments
 from .policies import (
     COSTS,
@@ -66,6 +81,8 @@ class Compression:
         self.images = dataset.inputs("train", parameters.images)
         found = [layer for layer in countable(network).layers if layer.name in moments]
         self.layers = {layer.name: layer for layer in in_call_order(network, found, self.images[:1])}
+        self.boundaries: dict[str, Joint] = {}
+        """What joint searches found, by the name of the policy."""
 
     def choices(self, policy: Policy) -> Choices:
         """The form and rank of each layer that ``policy`` puts in two.
@@ -82,14 +99,18 @@ class Compression:
             return independent(ranks, self._candidates, self._costs("flops"))
         if policy.search == "cumulative":
             return self._cumulative(policy.weights, policy.amount)
-        return self.joint(policy.weights, policy.amount).choices
+        self.boundaries[policy.name] = self.joint(policy.weights, policy.amount)
+        return self.boundaries[policy.name].choices
 
     def budgets(self, kind: str) -> Budgets:
         """The best choices for every budget of one kind (see ``policies.COSTS``)."""
         return Budgets(self._candidates, self._costs(kind), self._losses)
 
     def joint(self, method: str, epsilon: float) -> Joint:
-        """The smallest network by ``method`` within ``epsilon`` points on the search split, all layers replaced."""
+        """The smallest network by ``method`` within ``epsilon`` points on the search split, all layers replaced.
+
+        The losses of single layers say which networks are tried, from the smallest to the whole one.
+        """
         inputs, labels = self.dataset.inputs("search"), self.dataset.labels("search")
         needed = int(is_correct(self.network, inputs, labels).sum()) - epsilon / 100 * len(labels) - 1e-9
 
@@ -177,6 +198,23 @@ class Compression:
         return self._found[kind]
 
 
+def untrained(
+    model: config.Model, shape: tuple[int, int, int], classes: int, split: bool, forms: dict[str, list[Any]]
+) -> nn.Module:
+    """A network in the forms of a decomposed one, with random weights.
+
+    Args:
+        model: of the original.
+        shape: channels, height and width of an image.
+        classes: how many.
+        split: whether fused projections of queries, keys and values are three layers.
+        forms: as in ``Decomposed.forms``.
+    """
+    network = explicit(models.build(model, shape, classes), split)
+    restructure(network, forms)
+    return network
+
+
 @torch.no_grad()
 def in_call_order(network: nn.Module, layers: list[Layer], image: torch.Tensor) -> list[Layer]:
     """The layers in the order of their first calls for ``image`` (1, C, H, W); those never called are left out."""
@@ -190,17 +228,30 @@ def in_call_order(network: nn.Module, layers: list[Layer], image: torch.Tensor) 
     return list(dict.fromkeys(calls))
 
 
+def boundaries_table(boundaries: dict[str, Joint], parameters: int) -> pd.DataFrame:
+    """Every network that a joint search tried: ranks, budget (parameters), kept (a part of all), passes."""
+    rows = [
+        {"ranks": name, "budget": budget, "kept": budget / parameters, "passes": passes}
+        for name, found in boundaries.items()
+        for budget, passes in sorted(found.tried.items())
+    ]
+    return pd.DataFrame(rows, columns=["ranks", "budget", "kept", "passes"])
+
+
 def choices_table(choices: dict[str, Choices], layers: dict[str, Layer]) -> pd.DataFrame:
-    """Every layer at every way of choosing ranks: ranks, layer, m, n, groups, form and rank; whole ones have rank 0.
+    """Every layer at every way of choosing ranks: ranks, layer, m, n, groups, form, rank, weights.
+
+    A whole layer has rank 0 and all of its weights.
 
     Args:
         choices: by the name of the policy.
         layers: all that might be put in two, by name.
     """
-    rows = [
-        {"ranks": name, "layer": layer.name, "m": layer.m, "n": layer.n, "groups": layer.groups}
-        | dict(zip(("form", "rank"), chosen.get(layer.name, ("whole", 0)), strict=True))
-        for name, chosen in choices.items()
-        for layer in layers.values()
-    ]
+    rows = []
+    for name, chosen in choices.items():
+        for layer in layers.values():
+            form, rank = chosen.get(layer.name, ("whole", 0))
+            weights = rank * weights_a_rank(layer, form) if rank else layer.groups * layer.m * layer.n
+            size = {"m": layer.m, "n": layer.n, "groups": layer.groups}
+            rows.append({"ranks": name, "layer": layer.name, **size, "form": form, "rank": rank, "weights": weights})
     return pd.DataFrame(rows)

@@ -168,8 +168,11 @@ class Spatial:
         weighted = self._weighted(moment)
         gram = first.mT @ weighted
         # A direction that never varies has no coefficient to find: the jitter sets it to zero.
-        gram = gram + (1e-10 * gram.diagonal().mean() + 1e-300) * torch.eye(len(gram), dtype=torch.float64)
-        self._root = torch.linalg.cholesky(gram)
+        identity = torch.eye(len(gram), dtype=torch.float64)
+        gram = gram + (1e-10 * gram.diagonal().mean() + 1e-300) * identity
+        self._root, failed = torch.linalg.cholesky_ex(gram)
+        if failed:  # moments summed in float32: what should be 0 can be farther below it
+            self._root = torch.linalg.cholesky(gram + 2 * torch.linalg.eigvalsh(gram)[0].abs() * identity)
         self._explained = torch.linalg.solve_triangular(self._root, weighted.mT @ fit.matrix[0], upper=False)
         total = (fit.matrix[0] * (moment @ fit.matrix[0])).sum()
         gained = self._explained.square().sum(1).reshape(most, across).sum(1).cumsum(0)

@@ -17,17 +17,18 @@ from nbformat import NotebookNode
 from .config import Study, StudyError
 from .store import Store, write_json, write_text
 
-STAGES: dict[str, str | None] = {
+STAGES: dict[str, tuple[str, str] | None] = {
     "prepare": None,
-    "pretrain": "encoder",
-    "train": "run",
-    "measure": "run",
-    "ssl_vs_supervised": "comparison",
-    "decompose": "run",
-    "finetune": "run",
+    "pretrain": ("encoder", "pretrained"),
+    "train": ("run", "runs"),
+    "measure": ("run", "runs"),
+    "ssl_vs_supervised": ("comparison", "comparisons"),
+    "decompose": ("run", "runs"),
+    "finetune": ("run", "runs"),
+    "frontier": ("run", "frontier"),
     "report": None,
 }
-"""The stages in their order, and the parameter that each notebook takes."""
+"""The stages in their order; the parameter that each notebook takes, and the section of the study with its values."""
 
 
 def source(root: Path, stage: str) -> Path:
@@ -61,13 +62,8 @@ def executed_name(stage: str, key: str | None) -> str:
 
 def keys_of(study: Study, stage: str) -> list[str | None]:
     """The keys for which a study runs ``stage``; one None for a stage that runs once."""
-    by_parameter: dict[str | None, list[str | None]] = {
-        None: [None],
-        "encoder": [*study.pretrained],
-        "run": [*study.runs],
-        "comparison": [*study.comparisons],
-    }
-    return by_parameter[STAGES[stage]]
+    takes = STAGES[stage]
+    return [None] if takes is None else [*getattr(study, takes[1])]
 
 
 def execute(root: Path, study: Study, stage: str, key: str | None) -> None:
@@ -87,9 +83,9 @@ def execute(root: Path, study: Study, stage: str, key: str | None) -> None:
     done = store.data("executed", f"{name}.ipynb")
     partial = done.with_suffix(".partial.ipynb")
     partial.parent.mkdir(parents=True, exist_ok=True)
-    parameter = STAGES[stage]
+    takes = STAGES[stage]
     began = time.perf_counter()
-    _papermill(source(root, stage), partial, {} if parameter is None else {parameter: key}, root)
+    _papermill(source(root, stage), partial, {} if takes is None else {takes[0]: key}, root)
     write_text(done, nbformat.writes(_stable(nbformat.read(partial, as_version=4))))
     partial.unlink()
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)

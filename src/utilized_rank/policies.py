@@ -83,10 +83,12 @@ def flop_costs(network: nn.Module, layers: list[Candidate], images: Tensor) -> C
     received = _received(network, [c.layer for c in layers], one)
 
     def of(candidate: Candidate, form: str) -> np.ndarray:
-        each = cost.flops_of(candidate.module(form, 1), received[candidate.layer.name])
-        return each * _ranks(candidate, form)
+        return of_all_calls(candidate.module(form, 1), candidate.layer.name) * _ranks(candidate, form)
 
-    whole = {c.layer.name: cost.flops_of(c.layer.module, received[c.layer.name]) for c in layers}
+    def of_all_calls(module: nn.Module, name: str) -> int:
+        return sum(cost.flops_of(module, inputs) for inputs in received[name])
+
+    whole = {c.layer.name: of_all_calls(c.layer.module, c.layer.name) for c in layers}
     return Costs(cost.flops(network, one), whole, {c.layer.name: {f: of(c, f) for f in c.cuts} for c in layers})
 
 
@@ -97,7 +99,8 @@ def latency_costs(network: nn.Module, layers: list[Candidate], images: Tensor) -
     ways: dict[str, dict[str, np.ndarray]] = {}
     for c in layers:
         measured = [(form, rank) for form in c.cuts for rank in _spread(c.saving(form))]
-        times = cost.latencies([c.layer.module, *(c.module(*way) for way in measured)], received[c.layer.name])
+        modules = [c.layer.module, *(c.module(*way) for way in measured)]
+        times = np.sum([cost.latencies(modules, inputs) for inputs in received[c.layer.name]], axis=0)
         whole[c.layer.name] = round(1e9 * times[0])
         ways[c.layer.name] = {
             form: np.interp(
@@ -129,12 +132,12 @@ def _spread(most: int) -> list[int]:
 
 
 @torch.no_grad()
-def _received(network: nn.Module, layers: list[Layer], images: Tensor) -> dict[str, Tensor]:
-    """What flows into each layer for ``images``."""
-    seen: dict[str, Tensor] = {}
+def _received(network: nn.Module, layers: list[Layer], images: Tensor) -> dict[str, list[Tensor]]:
+    """What flows into each layer for ``images``, call by call."""
+    seen: dict[str, list[Tensor]] = {layer.name: [] for layer in layers}
 
     def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda _, args: seen.update({name: args[0]})
+        return lambda _, args: seen[name].append(args[0])
 
     handles = [layer.module.register_forward_pre_hook(keep(layer.name)) for layer in layers]
     try:

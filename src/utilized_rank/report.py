@@ -30,6 +30,7 @@ STAGE_TITLES = {
     "ssl_vs_supervised": "Self-supervised against supervised",
     "decompose": "Projection and decomposition",
     "finetune": "Fine-tuning",
+    "frontier": "Beyond the paper",
     "report": "Report",
 }
 

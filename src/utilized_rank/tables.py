@@ -14,6 +14,8 @@ METHOD_NAMES = {
     "projection": "P_S W P_T",
     "optimal": "optimum",
     "svd": "SVD of W",
+    "compensated": "compensated",
+    "scratch": "from random weights",
 }
 
 
@@ -117,20 +119,25 @@ def compression(all_steps: pd.DataFrame, method: str) -> pd.DataFrame:
 
 
 def latencies(study: Study, store: Store) -> pd.DataFrame:
-    """How long each decomposed network takes beside its original, as measured when it was made.
+    """How long each low-rank network takes beside its original, as measured when it was made.
 
-    One row a network, tolerance and method, from the timings of ``decompose``; empty where they are not there.
+    One row a network, choice of ranks and method, from the timings of ``decompose`` and ``frontier``; empty where
+    they are not there.
     """
+    timings = [
+        (store.data("timings", f"{name}-{key}.csv"), run)
+        for key, run in study.runs.items()
+        for name in ("latencies", "frontier")
+    ]
     parts = []
-    for key, run in study.runs.items():
-        path = store.data("timings", f"latencies-{key}.csv")
+    for path, run in timings:
         if path.is_file():
             timed = read_table(path)
             parts.append(
                 pd.DataFrame(
                     {
                         "network": run.label,
-                        "ε": timed.epsilon,
+                        "ranks": timed.ranks if "ranks" in timed else [f"ε = {e:g}" for e in timed.epsilon],
                         "weights": timed.method.map(METHOD_NAMES),
                         "images at a time": timed.images,
                         "original, ms": 1000 * timed.original,
@@ -245,6 +252,59 @@ def methods(all_steps: pd.DataFrame) -> pd.DataFrame:
             "images": before.images.to_numpy(),
         }
     )
+
+
+def frontier(study: Study, store: Store) -> pd.DataFrame:
+    """Table 6: every choice of ranks and kind of weights of the runs that have a frontier, before and after training.
+
+    Of several seeds the first; :func:`frontier_seeds` has them all.
+    """
+    parts = []
+    for key in study.frontier:
+        made = rows(store, "frontier", key)
+        original = made[made.form == "original"].iloc[0]
+        shown = made[made.seed.fillna(0) == 0]
+        parts.append(
+            pd.DataFrame(
+                {
+                    "network": study.runs[key].label,
+                    "ranks": shown.ranks,
+                    "weights": shown.method.map(METHOD_NAMES),
+                    "step": shown.form,
+                    "accuracy %": shown.accuracy,
+                    "change, points [95%]": with_interval(shown),
+                    "search split %": shown.search_accuracy,
+                    "parameters kept %": 100 * shown.parameters / original.parameters,
+                    "FLOPs kept %": 100 * shown.flops / original.flops,
+                    "learning rate": shown.lr,
+                    "images": shown.images,
+                }
+            )
+        )
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
+
+
+def frontier_seeds(study: Study, store: Store) -> pd.DataFrame:
+    """Mean and standard deviation, over random numbers, of the change after fine-tuning: one row a network."""
+    parts = []
+    for key, asked in study.frontier.items():
+        if asked.finetune.seeds > 1:
+            made = rows(store, "frontier", key)
+            change = made[made.form == "fine-tuned"].groupby(["ranks", "method"], sort=False).change
+            table = change.agg(["count", "mean", "std"]).reset_index()
+            parts.append(
+                pd.DataFrame(
+                    {
+                        "network": study.runs[key].label,
+                        "ranks": table.ranks,
+                        "weights": table.method.map(METHOD_NAMES),
+                        "seeds": table["count"],
+                        "mean change, points": table["mean"],
+                        "standard deviation": table["std"],
+                    }
+                )
+            )
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
 
 
 def summary(study: Study, store: Store, tuned: pd.DataFrame) -> dict[str, Any]:
