@@ -486,8 +486,6 @@ CHANGED = [
     ("in_place_on_shortcut", "stem"),
     ("data_dependent", "stem"),
     ("shared", "stem"),
-    ("vgg11", "vgg.features.0"),
-    ("resnet20", "conv1"),
     ("vit", "patch_embed.proj"),
     ("channels_last", "stem"),
 ]
@@ -503,12 +501,11 @@ def test_without_memory_the_fits_are_the_same(built, images, name, earlier):
 
 
 @pytest.mark.parametrize(("name", "earlier"), CHANGED)
-@pytest.mark.parametrize("memory", [0, PLENTY])
-def test_fitting_changes_neither_network(built, images, name, earlier, memory):
+def test_fitting_changes_neither_network(built, images, name, earlier):
     network = built(name)
     small = cut_one(network, images, earlier, 2)
     before = [copy.deepcopy(its.state_dict()) for its in (network, small)]
-    compensation = compensation_of(network, small, images, memory)
+    compensation = compensation_of(network, small, images)
     fits = [compensation.fit(layer) for layer in layers_of(network).values()]
     for its, old in zip((network, small), before, strict=True):
         assert its.state_dict().keys() == old.keys()

@@ -42,6 +42,52 @@ def test_valid_parameters_give_a_study_with_its_defaults(parameters):
     assert (study.comparisons.keys(), study.repeats, study.notes) == ({"vit"}, {}, [])
 
 
+FRONTIER = {
+    "methods": ["optimal", "compensated"],
+    "ranks": [{"search": "joint", "epsilon": 1.0}, {"budget": {"params": 0.5}, "finetuned": ["compensated"]}],
+    "finetune": {"epochs": 1, "lr": 0.01},
+}
+
+
+def with_ranks(*ranks: dict) -> dict:
+    return {"vgg11": FRONTIER | {"ranks": [*ranks]}}
+
+
+def test_a_way_of_choosing_ranks_has_a_name_and_a_frontier_its_defaults(parameters):
+    frontier = parse_study(parameters | {"frontier": {"vgg11": FRONTIER}}).frontier["vgg11"]
+    assert [policy.name for policy in frontier.ranks] == ["joint-1", "params-0.5"]
+    assert [policy.kind for policy in frontier.ranks] == ["joint", "params"]
+    assert [policy.amount for policy in frontier.ranks] == [1.0, 0.5]
+    assert frontier.ranks[0].weights == "compensated"
+    assert (frontier.forms, frontier.losses, frontier.scratch) == (["channel", "spatial"], "divergence", None)
+    assert (frontier.finetune.lrs, frontier.finetune.seeds, frontier.finetune.distillation) == ([], 1, 0)
+    assert parse_study(parameters).frontier == {}
+
+
+@pytest.mark.parametrize(
+    ("frontier", "words"),
+    [
+        ({"vgg12": FRONTIER}, "frontier: there is no 'vgg12'; did you mean 'vgg11'?"),
+        (with_ranks({"search": "independent", "epsilon": 3.25}), "a tolerance that measure.epsilons has not"),
+        (with_ranks({"search": "joint"}), "search and epsilon belong together"),
+        (with_ranks({"epsilon": 1.0}), "search and epsilon belong together"),
+        (with_ranks({}), "give either search and epsilon, or budget"),
+        (with_ranks({"search": "joint", "epsilon": 1.0, "budget": {"params": 0.5}}), "give either search and epsilon"),
+        (with_ranks({"budget": {"params": 0.5, "flops": 0.5}}), "a budget is of one kind, not of 2"),
+        (with_ranks({"budget": {}}), "a budget is of one kind, not of 0"),
+        (with_ranks({"budget": {"size": 0.5}}), "budget"),
+        (with_ranks({"budget": {"params": 1.0}}), "less than 1"),
+        (with_ranks({"budget": {"params": 0.5}, "finetuned": ["svd"]}), "names ['svd'], which methods does not build"),
+        (with_ranks(*2 * [{"budget": {"params": 0.5}}]), "ranks has params-0.5 2 times"),
+        ({"vgg11": FRONTIER | {"forms": ["spatial"]}}, "forms needs channel"),
+        ({"vgg11": FRONTIER | {"ranks": []}}, "at least 1"),
+        ({"vgg11": FRONTIER | {"finetune": {"epochs": 1, "lr": 0.1, "distillation": 2}}}, "distillation is 2"),
+    ],
+)
+def test_what_a_frontier_cannot_be_is_said_in_words(parameters, frontier, words):
+    assert words in message(parameters | {"frontier": frontier})
+
+
 @pytest.mark.parametrize(
     ("path", "value"),
     [

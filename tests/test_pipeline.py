@@ -45,6 +45,19 @@ STUDY = {
     },
     "measure": {"calibration_images": 32, "epsilons": [7.0]},
     "decompose": {"methods": ["projection", "optimal", "svd"], "finetuned": ["optimal"], "sweep_points": 2},
+    "frontier": {
+        "tiny_vgg": {
+            "methods": ["optimal", "compensated"],
+            "ranks": [
+                {"search": "cumulative", "epsilon": 7.0},
+                {"search": "joint", "epsilon": 7.0},
+                {"budget": {"params": 0.5}, "finetuned": ["compensated"]},
+            ],
+            "images": 32,
+            "finetune": TUNE | {"lrs": [1e-2], "seeds": 2, "distillation": 0.5},
+            "scratch": TUNE,
+        }
+    },
     "comparisons": {
         "tiny": {"label": "VGG11", "supervised": "tiny_vgg", "linear": "tiny_ssl", "finetuned": "tiny_ssl"}
     },
@@ -106,7 +119,18 @@ def project(tmp_path_factory):
 def test_every_stage_leaves_its_results(project):
     results = {path.name for path in (project / "reports/tiny/results").iterdir()}
     runs = {f"{stage}-{run}" for stage in ("train", "measure", "decompose", "finetune") for run in STUDY["runs"]}
-    assert {f"{name}.csv" for name in runs | {"pretrain-tiny_simclr", "ssl_vs_supervised-tiny"}} <= results
+    others = {"pretrain-tiny_simclr", "ssl_vs_supervised-tiny", "frontier-tiny_vgg", "frontier-tiny_vgg.ranks"}
+    assert {f"{name}.csv" for name in runs | others} <= results
+
+
+def test_the_frontier_trains_the_dense_network_and_one_from_random_weights_beside_the_compressed_one(project):
+    made = read_table(project / "reports/tiny/results/frontier-tiny_vgg.csv")
+    tuned = made[made.form == "fine-tuned"].groupby(["method", "ranks"]).seed.max()
+    assert tuned.to_dict() == {("compensated", "params-0.5"): 1, ("dense", "all"): 1, ("scratch", "params-0.5"): 0}
+    assert set(made[made.form == "decomposed"].ranks) == {"cumulative-7", "joint-7", "params-0.5"}
+    half = made[made.ranks == "params-0.5"].parameters
+    assert half.nunique() == 1  # the same form for all
+    assert half.iloc[0] <= made.parameters[0] / 2
 
 
 def test_the_index_shows_every_figure_and_links_every_page_and_asks_no_other_host(project):

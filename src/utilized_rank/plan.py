@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,9 +12,10 @@ from torch import Tensor, nn
 
 from . import models, sources
 from .attention import explicit
-from .config import Model, Recipe, Study
+from .config import Finetune, Frontier, Model, Recipe, Study
 from .evaluation import BATCH
 from .layers import countable
+from .policies import STEPS
 from .prepare import DESCRIBING, split_counts
 
 PASSES = 2.0
@@ -147,7 +149,49 @@ def plan(study: Study, root: Path) -> pd.DataFrame:
             optimised(run.finetune, of),
             4 * of.parameters * variants,
         )
+    for name, asked in study.frontier.items():
+        of = network_shape(study.runs[name].model, shape, size.classes, study.measure.qkv == "split")
+        chosen, trained = _made(asked, of.layers, min(asked.images, train), search), _trained(asked)
+        networks = len(asked.ranks) * len(asked.methods)
+        looked = (networks + 1) * (search + test) + chosen + min(asked.loss_images, train) * LOSSES * of.layers / 2
+        steps = sum(recipe.epochs * copies for recipe, copies in trained)
+        looked += steps * search + sum(copies for _, copies in trained) * test
+        frontier = min(study.measure.memory, max(search, 2 * min(asked.images, train)) * of.widest / MIB)
+        add(
+            "frontier",
+            name,
+            looked + steps * train,
+            looked + BACKWARD * steps * train,
+            frontier + (3 * of.moments + networks * 4 * of.parameters) / MIB + optimised(asked.finetune, of),
+            4 * of.parameters * (networks + len(trained)),
+        )
     return pd.DataFrame(rows)
+
+
+LOSSES = 8
+"""Looks at each layer to measure what a budget loses by it, from that layer on."""
+
+
+def _made(asked: Frontier, layers: int, images: int, search: int) -> float:
+    """Passes in which ranks are chosen and networks built, fitting one being two: of the original and of itself."""
+    fitted = "compensated" in asked.methods
+    passes = float(len(asked.ranks) * 2 * images * fitted)
+    for policy in asked.ranks:
+        once = 2 * images * (policy.weights == "compensated")
+        if policy.search == "joint":
+            passes += math.log2(STEPS) * (once + search)
+        if policy.search == "cumulative":  # bisection, each time from the layer on
+            passes += once + layers * 5 * search / 2
+    return passes
+
+
+def _trained(asked: Frontier) -> list[tuple[Finetune, int]]:
+    """Every network that is trained on, with its recipe and how often."""
+    recipes = [asked.finetune]
+    for policy in asked.ranks:
+        recipes += [asked.finetune] * len(policy.finetuned)
+        recipes += [asked.scratch] * bool(policy.finetuned) if asked.scratch else []
+    return [(recipe, len({recipe.lr, *recipe.lrs}) + recipe.seeds - 1) for recipe in recipes]
 
 
 def text(table: pd.DataFrame) -> str:
