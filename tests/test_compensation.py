@@ -41,12 +41,10 @@ def amount_of(fit: Fit, ridge: float) -> Tensor:
 
 def assert_pairs_are_of_the_rows(layer: Layer, inputs: Tensor, outputs: Tensor, ridge: float = 0.5) -> None:
     """Means, covariance C of s, and that of s and t, which is K = (C + a I) M - a W."""
-    pairs = pairs_of(layer, inputs, outputs)
-    fit = pairs.fit(ridge)
+    fit = pairs_of(layer, inputs, outputs).fit(ridge)
     s, t = layer.rows(inputs).double(), rows_of(layer, outputs)
     amount, identity = amount_of(fit, ridge), torch.eye(layer.m, dtype=torch.float64)
     cross = (fit.moment + amount * identity) @ fit.matrix - amount * layer.weight().double()
-    assert pairs.count == s.shape[1]
     centred = s - s.mean(1, keepdim=True)
     torch.testing.assert_close(fit.inputs, s.mean(1), rtol=0, atol=1e-5)
     torch.testing.assert_close(fit.outputs, t.mean(1), rtol=0, atol=1e-5)

@@ -49,6 +49,7 @@ class Allocation:
         self._unit = max(common, -(-(most - self.least) // CELLS), 1)
         self._steps = [-(-extra // self._unit) for extra in beyond]
         cells = (most - self.least) // self._unit + 1
+        self._best = [int(np.lexsort((options.costs, options.losses))[0]) for options in layers]
         lowest = np.zeros(cells)  # the least loss of the layers so far, for each number of cells
         self._choices = []
         for options, steps in zip(layers, self._steps, strict=True):
@@ -65,6 +66,8 @@ class Allocation:
         """
         if budget < self.least:
             raise ValueError(f"the cheapest options cost {self.least}, over the budget of {budget}")
+        if self.cost(self._best) <= budget:  # rounded up, its costs might not fit
+            return self._best
         left, chosen = (budget - self.least) // self._unit, []
         for choice, steps in zip(reversed(self._choices), reversed(self._steps), strict=True):
             chosen.append(int(choice[left]))

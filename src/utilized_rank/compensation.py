@@ -30,49 +30,52 @@ FAINT = 0.05
 
 
 class Pairs:
-    """Sums over the rows s that flow into a layer, with the rows t that should flow out of it, in float64."""
+    """Sums over the rows s that flow into a layer, with what the rows t that should come of it lack, in float64."""
 
     def __init__(self, layer: Layer) -> None:
         self.layer = layer
-        self.count = 0
         self._stream = Stream(layer, None)
         self._cross = torch.zeros(layer.groups, layer.m, layer.n, dtype=torch.float64)
         self._total = torch.zeros(layer.groups * layer.n, dtype=torch.float64)
 
+    @torch.no_grad()
     def add(self, inputs: Tensor, outputs: Tensor) -> None:
-        """Take in what the module receives, (B, ...), and what should come of it, without its bias."""
+        """Take in what the module receives, (B, ...), and what should come of it, without its bias.
+
+        Summed is t - s W: where a layer need not change, no rounding makes it.
+        """
         layer, module = self.layer, self.layer.module
         self._stream.add(inputs, len(inputs))
+        lacking = outputs - _without_bias(layer, inputs)
         if isinstance(module, nn.Linear):
-            rows, wanted = inputs.reshape(-1, layer.m), outputs.reshape(-1, layer.n)
-            self._cross += (rows.mT @ wanted).double()
-            self._total += wanted.double().sum(0)
-            self.count += len(rows)
+            rows, lacking = inputs.reshape(-1, layer.m), lacking.reshape(-1, layer.n)
+            self._cross += (rows.mT @ lacking).double()
+            self._total += lacking.double().sum(0)
         else:
             # The products of patches and outputs are the gradient of a convolution's weight.
             padded, plain = _padded(module, inputs)
             how = (module.stride, plain, module.dilation, module.groups)
-            sums = conv2d_weight(padded, list(module.weight.shape), outputs, *how)
+            sums = conv2d_weight(padded, list(module.weight.shape), lacking, *how)
             self._cross += sums.double().reshape(layer.groups, layer.n, layer.m).mT
-            self._total += outputs.double().sum((0, 2, 3))
-            self.count += outputs.numel() // outputs.shape[1]
+            self._total += lacking.double().sum((0, 2, 3))
 
     def fit(self, ridge: float = RIDGE) -> Fit:
         """The least squares fit of t from s, by a ridge regression towards the layer's weight W.
 
-        M = (C + a I)^-1 (K + a W), with C the covariance of s, K that of s and t, and a the ridge times the
-        mean variance. Where t = s W it is W.
+        M = W + (C + a I)^-1 K, with C the covariance of s, K that of s and t - s W, and a the ridge times the
+        mean variance of s. Where t = s W it is W.
         """
         moments = self._stream.moments()
-        mean, centred = moments.mean, moments.centred
-        outputs = self._total.reshape(self.layer.groups, -1) / max(1, self.count)
-        cross = self._cross / max(1, self.count) - mean.unsqueeze(2) * outputs.unsqueeze(1)
+        mean, centred, count = moments.mean, moments.centred, max(1, moments.count)
+        lacking = self._total.reshape(self.layer.groups, -1) / count
+        cross = self._cross / count - mean.unsqueeze(2) * lacking.unsqueeze(1)
         weight = self.layer.weight().double()
+        outputs = lacking + (mean.unsqueeze(1) @ weight).squeeze(1)
         amount = ridge * centred.diagonal(0, 1, 2).mean(-1)[:, None, None]
         if not bool(amount.all()):  # nothing varies in some group: nothing to fit
             return Fit(self.layer, weight, centred, mean, outputs)
         identity = torch.eye(self.layer.m, dtype=torch.float64)
-        matrix = torch.linalg.solve(centred + amount * identity, cross + amount * weight)
+        matrix = weight + torch.linalg.solve(centred + amount * identity, cross)
         return Fit(self.layer, matrix, centred, mean, outputs)
 
 

@@ -153,15 +153,17 @@ def plan(study: Study, root: Path) -> pd.DataFrame:
         of = network_shape(study.runs[name].model, shape, size.classes, study.measure.qkv == "split")
         chosen, trained = _made(asked, of.layers, min(asked.images, train), search), _trained(asked)
         networks = len(asked.ranks) * len(asked.methods)
-        looked = (networks + 1) * (search + test) + chosen + min(asked.loss_images, train) * LOSSES * of.layers / 2
+        passed: float = (
+            (networks + 1) * (search + test) + chosen + min(asked.loss_images, train) * LOSSES * of.layers / 2
+        )
         steps = sum(recipe.epochs * copies for recipe, copies in trained)
-        looked += steps * search + sum(copies for _, copies in trained) * test
+        passed += steps * search + sum(copies for _, copies in trained) * test
         frontier = min(study.measure.memory, max(search, 2 * min(asked.images, train)) * of.widest / MIB)
         add(
             "frontier",
             name,
-            looked + steps * train,
-            looked + BACKWARD * steps * train,
+            passed + steps * train,
+            passed + BACKWARD * steps * train,
             frontier + (3 * of.moments + networks * 4 * of.parameters) / MIB + optimised(asked.finetune, of),
             4 * of.parameters * (networks + len(trained)),
         )

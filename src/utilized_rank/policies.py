@@ -220,9 +220,10 @@ class Budgets:
     """The best choices for every budget, for one kind of cost and one of loss."""
 
     def __init__(self, layers: list[Candidate], costs: Costs, losses: Losses) -> None:
-        self.network = costs.network
-        # A network takes less time than its layers by themselves, where they are measured so.
-        self._fixed = max(0, costs.network - sum(costs.layers.values()))
+        # Where they are measured, layers by themselves may take more time than the network.
+        self.network = max(costs.network, sum(costs.layers.values()))
+        """What the whole network costs."""
+        self._fixed = self.network - sum(costs.layers.values())
         self._layers = layers
         self._ways = [[None, *_ways(candidate)] for candidate in layers]
         options = [_options(c, ways, costs, losses) for c, ways in zip(layers, self._ways, strict=True)]
@@ -236,6 +237,7 @@ class Budgets:
         Raises:
             StudyError: the smallest network costs more.
         """
+        amount = min(amount, self.network)
         if amount < self.least:
             kept, asked = self.least / self.network, amount / self.network
             raise StudyError(f"a budget of {asked:.1%} cannot be kept: the smallest network costs {kept:.1%}")
