@@ -2,9 +2,11 @@ import dataclasses
 import math
 import re
 import shutil
+from itertools import product
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from utilized_rank import data, prepare
 from utilized_rank.config import Augmentation, Data, Model, StudyError
@@ -212,3 +214,25 @@ def test_augmentation_is_drawn_from_the_generator_alone(generator):
     seeded = [data.augment(images, everything, torch.Generator().manual_seed(s)) for s in (5, 5, 6)]
     assert torch.equal(seeded[0], seeded[1])
     assert not torch.equal(seeded[0], seeded[2])
+
+
+def test_a_crop_moves_every_image_by_whole_pixels_and_black_comes_in(generator):
+    images = torch.randint(1, 256, (60, 2, 6, 5), generator=generator, dtype=torch.uint8)
+    moved = data.cropped(images, 2, generator)
+    assert (moved.dtype, moved.shape) == (images.dtype, images.shape)
+    around, seen = F.pad(images, [2, 2, 2, 2]), set()
+    for before, after in zip(around, moved, strict=True):
+        places = product(range(5), range(5))
+        at = [(y, x) for y, x in places if torch.equal(before[:, y : y + 6, x : x + 5], after)]
+        assert len(at) == 1
+        seen |= {*at}
+    assert len(seen) > 20  # of 25: each image its own
+
+
+def test_an_augmented_batch_is_cropped_before_it_is_normalised(dataset, generator):
+    """So that black is what was black, whatever the mean."""
+    images = dataset.splits["train"].images[:30]
+    changed = dataset.augmented(images, Augmentation(crop=3), generator)
+    assert float(changed.min()) == pytest.approx(float(dataset.normalised(torch.zeros(1, 1, 1, 1))), abs=1e-4)
+    plain = dataset.augmented(images, Augmentation(), generator)
+    torch.testing.assert_close(plain, dataset.normalised(images), rtol=0, atol=1e-5)

@@ -123,6 +123,8 @@ class Model(Section):
 class Augmentation(Section):
     """Random changes to each training image, drawn anew at each step."""
 
+    crop: Annotated[int, Field(ge=0)] = 0
+    """Largest translation in whole pixels, black from outside: nothing is resampled (He et al. 2016)."""
     shift: Annotated[float, Field(ge=0, le=0.5)] = 0.0
     """Largest translation, as a fraction of the image's side."""
     rotate: Annotated[float, Field(ge=0, le=180)] = 0.0
@@ -340,6 +342,9 @@ class Frontier(Section):
     latency_images: Positive = 64
     """Images at a time, where latency is measured."""
     finetune: Finetune
+    statistics: Annotated[int, Field(ge=0)] = 0
+    """Training images, changed as in ``finetune``, that the statistics of batch norm are taken over anew: every
+    network is looked at with them too. None where it is 0."""
     scratch: Finetune | None = None
     """How networks of the same forms are trained from random weights, at ranks where any is trained on; null: none."""
 

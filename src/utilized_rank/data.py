@@ -42,6 +42,12 @@ class Dataset:
         std = torch.tensor(self.std).view(-1, 1, 1)
         return (images.float() / 255 - mean) / std
 
+    def augmented(self, images: Tensor, how: config.Augmentation, generator: torch.Generator) -> Tensor:
+        """uint8 images (N, C, H, W), each under its own random change, normalised."""
+        if how.crop:
+            images = cropped(images, how.crop, generator)
+        return augment(self.normalised(images), how, generator)
+
     def seen_by(self, model: config.Model) -> Dataset:
         """The same images, normalised as ``model`` was trained with where it says so."""
         if model.mean is None or model.std is None:
@@ -131,6 +137,17 @@ def load(path: Path) -> Dataset:
 
     splits = {name: Split(images(name), tensors[f"{name}.labels"]) for name in SPLITS}
     return Dataset(splits, described["classes"], described["mean"], described["std"])
+
+
+def cropped(images: Tensor, pixels: int, generator: torch.Generator) -> Tensor:
+    """Each image (N, C, H, W) moved by up to so many pixels each way, exactly; black comes in from outside."""
+    count, _, height, width = images.shape
+    around = F.pad(images, 4 * [pixels])
+    down, across = torch.randint(0, 2 * pixels + 1, (2, count, 1), generator=generator)
+    rows, columns = down + torch.arange(height), across + torch.arange(width)  # (N, H), (N, W)
+    some = torch.arange(count).view(-1, 1, 1)
+    # Indices on both sides of a slice put what they choose first: (N, H, W, C).
+    return around[some, :, rows.unsqueeze(2), columns.unsqueeze(1)].permute(0, 3, 1, 2)
 
 
 def augment(images: Tensor, how: config.Augmentation, generator: torch.Generator) -> Tensor:

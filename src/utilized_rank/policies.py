@@ -28,6 +28,8 @@ Choices = dict[str, Way]
 """Of each layer that is put in two, by name; the others stay whole."""
 POINTS = 7
 """Ranks of a layer at which the divergence and the latency are measured."""
+SECONDS = 0.03
+"""For which the latency is measured, at each of them."""
 STEPS = 200
 """Budgets that a joint search tells apart, from the smallest network to the whole one."""
 
@@ -100,7 +102,7 @@ def latency_costs(network: nn.Module, layers: list[Candidate], images: Tensor) -
     for c in layers:
         measured = [(form, rank) for form in c.cuts for rank in _spread(c.saving(form))]
         modules = [c.layer.module, *(c.module(*way) for way in measured)]
-        times = np.sum([cost.latencies(modules, inputs) for inputs in received[c.layer.name]], axis=0)
+        times = np.sum([cost.latencies(modules, inputs, SECONDS) for inputs in received[c.layer.name]], axis=0)
         whole[c.layer.name] = round(1e9 * times[0])
         ways[c.layer.name] = {
             form: np.interp(

@@ -148,15 +148,20 @@ def write_index(
     write_text(store.report("index.html"), page)
 
 
-def write_latencies(store: Store, table: pd.DataFrame) -> None:
+def write_latencies(store: Store, table: pd.DataFrame, picture: str = "") -> None:
     """Write ``latencies.html``, which the index shows; nothing where nothing was timed here.
 
     A page of its own: it differs from one execution to the next, and the index must not.
+
+    Args:
+        store: the study's folders.
+        table: as ``tables.latencies`` gives it.
+        picture: SVG above it.
     """
     if len(table):
         page = (
             '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Latency</title>'
-            f"<style>{css()}</style></head><body>{table_html(table)}</body></html>"
+            f"<style>{css()}</style></head><body>{picture}{table_html(table)}</body></html>"
         )
         write_text(store.report("latencies.html"), page)
 

@@ -18,7 +18,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from .config import Precision, Pretrained, StudyError
-from .data import Dataset, augment
+from .data import Dataset
 from .models import classifier, published, read_checkpoint
 from .training import fit
 
@@ -73,7 +73,7 @@ def pretrain_simclr(
     encoder, contrast = Encoder(network), NTXentLoss(recipe.temperature)
 
     def view(images: Tensor) -> Tensor:
-        return augment(dataset.normalised(images), recipe.augmentation, generator)
+        return dataset.augmented(images, recipe.augmentation, generator)
 
     def loss(images: Tensor, labels: Tensor) -> Tensor:
         network.train()
@@ -126,7 +126,7 @@ def pretrain_mae(
 
     def loss(images: Tensor, labels: Tensor) -> Tensor:
         network.train()
-        changed = augment(dataset.normalised(images), recipe.augmentation, generator)
+        changed = dataset.augmented(images, recipe.augmentation, generator)
         size = (len(images), encoder.sequence_length)
         seen, hidden = utils.random_token_mask(size, recipe.mask_ratio)
         tokens = decoder["embed"](encoder.encode(changed, idx_keep=seen))

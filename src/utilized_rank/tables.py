@@ -150,6 +150,20 @@ def latencies(study: Study, store: Store) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
 
 
+def timed(study: Study, store: Store) -> pd.DataFrame:
+    """The low-rank networks of the frontier whose time was taken here: results, label and time_kept, before training."""
+    parts = []
+    for key in study.frontier:
+        path = store.data("timings", f"frontier-{key}.csv")
+        if path.is_file():
+            times = read_table(path)
+            times["time_kept"] = times.decomposed / times.original
+            made = rows(store, "frontier", key)
+            made = made[made.form == "decomposed"].assign(label=study.runs[key].label)
+            parts.append(made.merge(times[["ranks", "method", "time_kept"]], on=["ranks", "method"]))
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
+
+
 def training_kinds(study: Study, store: Store, comparison: Comparison) -> pd.DataFrame:
     """One row a kind of training and epsilon: kind, run, epsilon, mlu, first, middle, last, rankme, accuracy.
 

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .config import Finetune, Precision, Recipe, Study
-from .data import Batches, Dataset, augment
-from .evaluation import features, is_correct
+from .config import Augmentation, Finetune, Precision, Recipe, Study
+from .data import Batches, Dataset
+from .evaluation import BATCH, features, is_correct
 from .images import Split
 from .models import classifier
 from .runtime import autocast, start
@@ -106,7 +106,7 @@ def train_supervised(
 
     def loss(images: Tensor, labels: Tensor) -> Tensor:
         network.train()
-        changed = augment(dataset.normalised(images), recipe.augmentation, generator)
+        changed = dataset.augmented(images, recipe.augmentation, generator)
         return F.cross_entropy(network(changed), labels, label_smoothing=recipe.label_smoothing)
 
     watch = _watch(network, dataset)
@@ -150,7 +150,7 @@ def finetune(
 
         def loss(images: Tensor, labels: Tensor) -> Tensor:
             student.train()
-            changed = augment(dataset.normalised(images), recipe.augmentation, generator)
+            changed = dataset.augmented(images, recipe.augmentation, generator)
             logits = student(changed)
             value = F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
             if recipe.distillation:
@@ -173,6 +173,31 @@ def distillation(logits: Tensor, teacher: nn.Module, images: Tensor) -> Tensor:
         wanted = (teacher(images).float() / TEMPERATURE).log_softmax(1)
     given = (logits.float() / TEMPERATURE).log_softmax(1)
     return TEMPERATURE**2 * F.kl_div(given, wanted, log_target=True, reduction="batchmean")
+
+
+@torch.no_grad()
+def with_statistics(
+    network: nn.Module, dataset: Dataset, images: int, augmentation: Augmentation, generator: torch.Generator
+) -> nn.Module:
+    """A copy of ``network`` whose batch norms have the statistics of training images, as they flow through it.
+
+    Args:
+        network: never changed.
+        dataset: of the images.
+        images: how many of the training split, the first ones.
+        augmentation: that of training: without it the statistics are those of other images.
+        generator: of the changes.
+    """
+    other = copy.deepcopy(network).eval()
+    for module in other.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.reset_running_stats()
+            module.momentum = None  # the mean over all batches
+            module.train()
+    train = dataset.splits["train"]
+    for batch, _ in train.batches(torch.arange(min(images, len(train))).split(BATCH)):
+        other(dataset.augmented(batch, augmentation, generator))
+    return other.eval()
 
 
 def train_linear(

@@ -32,7 +32,7 @@ KINDS = {
     "params": "s",
     "flops": "D",
     "latency": "P",
-    "all": "_",
+    "all": "X",
 }
 """A mark for each way of choosing ranks."""
 
@@ -52,7 +52,7 @@ def frontier(results: pd.DataFrame, label: str, others: pd.DataFrame) -> Figure:
         others: published figures, as :func:`published` gives them.
     """
     original = results[results.form == "original"].iloc[0]
-    shown = results[(results.form != "original") & (results.seed.fillna(0) == 0)]
+    shown = results[results.form.isin(["decomposed", "fine-tuned"]) & (results.seed.fillna(0) == 0)]
     figure, panels = plt.subplots(1, 2, figsize=(12, 4.8), sharey=True)
     for axes, cost, words in zip(panels, ("parameters", "flops"), ("parameters", "FLOPs"), strict=True):
         for row in shown.itertuples():
@@ -62,17 +62,46 @@ def frontier(results: pd.DataFrame, label: str, others: pd.DataFrame) -> Figure:
             kind = KINDS[row.ranks.partition("-")[0]]
             axes.scatter(at, row.change, s=70 if kind == "*" else 34, marker=kind, fc=face, ec=colour, lw=1.2, zorder=2)
         _add_published(axes, others, f"{cost}_kept")
-        axes.axhline(0, color=BLACK, lw=1)
-        axes.set_yscale("symlog", linthresh=1, linscale=0.8)
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:+g}" if value else "0"))
-        axes.set_yticks([-80, -40, -20, -10, -5, -2, -1, -0.5, 0, 0.5, 1, 2, 5])
-        axes.set_ylim(1.15 * shown.change_low.min(), max(1.0, 1.3 * shown.change_high.max()))
-        axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        _points_axis(axes, shown.change_low.min(), shown.change_high.max())
         axes.set(xlabel=f"{words} kept (% of the original)", xlim=(0, 1.05))
     panels[0].set_ylabel("change of test accuracy (points, 95% interval)")
     panels[0].set_title(f"{label}, {original.accuracy:.2f}%")
     panels[1].legend(handles=_handles(shown, others), loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
+
+
+def latency(timed: pd.DataFrame) -> Figure:
+    """Change of accuracy before training against measured time, one panel a network.
+
+    Args:
+        timed: as ``tables.timed`` gives it.
+    """
+    labels = list(dict.fromkeys(timed.label))
+    figure, grid = plt.subplots(1, len(labels), figsize=(5.6 * len(labels) + 1.6, 4.2), squeeze=False)
+    for axes, label in zip(grid[0], labels, strict=True):
+        for row in timed[timed.label == label].itertuples():
+            axes.plot(
+                2 * [row.time_kept], [row.change_low, row.change_high], color=METHODS[row.method], lw=1, alpha=0.5
+            )
+            marker = KINDS[row.ranks.partition("-")[0]]
+            axes.scatter(row.time_kept, row.change, s=34, marker=marker, fc="white", ec=METHODS[row.method], zorder=2)
+        axes.axvline(1, color=GREY, lw=1, ls=":")
+        _points_axis(axes, timed.change_low.min(), timed.change_high.max())
+        axes.set(xlabel="time (% of the original)", title=label)
+    grid[0, 0].set_ylabel("change of test accuracy (points, 95% interval)")
+    shown = timed.assign(form="decomposed")
+    grid[0, -1].legend(handles=_handles(shown, pd.DataFrame({"tuned": []})), loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+def _points_axis(axes: Axes, low: float, high: float) -> None:
+    """Points up and down: linear within one, logarithmic beyond; and percent across."""
+    axes.axhline(0, color=BLACK, lw=1)
+    axes.set_yscale("symlog", linthresh=1, linscale=0.8)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:+g}" if value else "0"))
+    axes.set_yticks([-80, -40, -20, -10, -5, -2, -1, -0.5, 0, 0.5, 1, 2, 5])
+    axes.set_ylim(1.15 * min(low, -0.5), max(1.0, 1.3 * high))
+    axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
 
 
 def _add_published(axes: Axes, others: pd.DataFrame, column: str) -> None:

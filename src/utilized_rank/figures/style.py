@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import matplotlib as mpl
@@ -91,3 +92,10 @@ def save(figure: Figure, path: Path) -> Figure:
     with whole(path) as partial:
         figure.savefig(partial, format="svg", metadata=SVG)
     return figure
+
+
+def markup(figure: Figure) -> str:
+    """``figure`` as SVG to stand in a page."""
+    text = io.StringIO()
+    figure.savefig(text, format="svg", metadata=SVG)
+    return text.getvalue()[text.getvalue().index("<svg") :]

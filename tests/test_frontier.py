@@ -1,0 +1,308 @@
+import copy
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+
+from utilized_rank import cost, decompose, models, policies, training
+from utilized_rank.config import Finetune, Frontier, Model, Policy, StudyError, parse_study
+from utilized_rank.evaluation import is_correct, outputs
+from utilized_rank.figures import frontier as figures
+from utilized_rank.frontier import Compression, boundaries_table, choices_table, in_call_order, untrained
+from utilized_rank.layers import countable
+from utilized_rank.moments import input_moments
+from utilized_rank.policies import STEPS
+
+METHODS = ["projection", "optimal", "svd", "compensated"]
+MODELS = {
+    "resnet20": Model(architecture="resnet20", width=0.25),
+    "vit": Model(architecture="vit", dim=24, depth=2, heads=3, patch_size=4),
+}
+POLICIES = [
+    Policy(search="independent", epsilon=5.0),
+    Policy(search="cumulative", epsilon=5.0),
+    Policy(search="cumulative", epsilon=5.0, weights="optimal"),
+    Policy(search="joint", epsilon=5.0),
+    Policy(budget={"params": 0.6}),
+    Policy(budget={"flops": 0.6}),
+]
+
+
+def asked(**how: object) -> Frontier:
+    rest = {"methods": METHODS, "ranks": POLICIES[:1], "images": 64, "loss_images": 32, "latency_images": 4}
+    return Frontier(**rest | {"finetune": {"epochs": 1, "lr": 0.01}} | how)
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """Networks that tell the toy's two classes apart, by name."""
+    from conftest import toy_dataset
+
+    networks = {}
+    for name, model in MODELS.items():
+        torch.manual_seed(0)
+        networks[name] = models.build(model, (1, 8, 8), 2)
+        recipe = Finetune(epochs=8, lr=3e-3, batch_size=32)
+        generator = torch.Generator().manual_seed(0)
+        training.train_supervised(networks[name], toy_dataset(), recipe, generator, "float32", name)
+    return networks
+
+
+@pytest.fixture
+def compression(trained, dataset):
+    """Of a network by name, as if a third of each width had been found."""
+
+    def of(name: str, **how: object) -> Compression:
+        network = trained[name].eval()
+        layers = countable(network).layers
+        found = [{"layer": x.name, "epsilon": 5.0, "r": -(-x.width // 3)} for x in layers]
+        moments = input_moments(network, layers, [dataset.inputs("train")[:]])
+        return Compression(network, pd.DataFrame(found), moments, dataset, asked(**how))
+
+    return of
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda p: f"{p.name} {p.weights}")
+def test_every_method_gives_a_network_of_the_forms_and_ranks_that_were_chosen(compression, dataset, name, policy):
+    made = compression(name)
+    chosen = made.choices(policy)
+    before = outputs(made.network, dataset.inputs("test"))
+    for method in METHODS:
+        small = made.build(method, chosen)
+        assert {layer: tuple(how[:2]) for layer, how in small.forms.items()} == chosen
+        for layer in made.layers:
+            assert isinstance(small.network.get_submodule(layer), nn.Sequential) == (layer in chosen)
+        assert outputs(small.network, dataset.inputs("test")).isfinite().all()
+    assert torch.equal(outputs(made.network, dataset.inputs("test")), before)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("kind", "share"), [("params", 0.7), ("params", 0.4), ("flops", 0.7), ("flops", 0.5)])
+def test_a_budget_is_kept_by_the_whole_network_and_nearly_used(compression, dataset, name, kind, share):
+    made = compression(name)
+    count = cost.parameters if kind == "params" else lambda n: cost.flops(n, dataset.inputs("test")[:1])
+    for method in ("optimal", "compensated"):
+        small = made.build(method, made.choices(Policy(budget={kind: share}))).network
+        assert count(small) <= share * count(made.network)
+        assert count(small) > (share - 0.03) * count(made.network)
+
+
+def test_a_budget_of_time_is_kept_as_it_was_measured(compression, dataset, monkeypatch):
+    """Here the clock counts parameters: in nanoseconds, the network and its layers alike."""
+
+    def latencies(modules: list[nn.Module], inputs: torch.Tensor, seconds: float = 0.2) -> list[float]:
+        return [1e-9 * cost.parameters(module) for module in modules]
+
+    monkeypatch.setattr(policies.cost, "latencies", latencies)
+    made = compression("resnet20")
+    small = made.build("optimal", made.choices(Policy(budget={"latency": 0.6}))).network
+    parts = cost.parameters(small) / cost.parameters(made.network)
+    assert 0.55 < parts < 0.62  # straight lines lie between the ranks that were measured
+
+
+def test_a_budget_that_cannot_be_kept_says_what_can(compression):
+    with pytest.raises(StudyError, match=r"a budget of 0\.1% cannot be kept: the smallest network costs \d"):
+        compression("resnet20").choices(Policy(budget={"params": 0.001}))
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("search", ["joint", "cumulative"])
+@pytest.mark.parametrize("weights", ["optimal", "compensated"])
+def test_ranks_that_compose_keep_the_whole_network_within_the_tolerance(compression, dataset, name, search, weights):
+    made = compression(name)
+    inputs, labels = dataset.inputs("search"), dataset.labels("search")
+    for epsilon in (0.0, 10.0):
+        chosen = made.choices(Policy(search=search, epsilon=epsilon, weights=weights))
+        small = made.build(weights, chosen).network
+        lost = is_correct(made.network, inputs, labels).mean() - is_correct(small, inputs, labels).mean()
+        assert 100 * lost <= epsilon + 1e-9
+
+
+def test_a_joint_search_is_certified_by_networks_that_were_really_built(compression, dataset):
+    made = compression("resnet20")
+    found = made.joint("optimal", 2.5)
+    inputs, labels = dataset.inputs("search"), dataset.labels("search")
+    needed = is_correct(made.network, inputs, labels).mean() - 0.025
+    steps = made.budgets("params").steps()
+    assert len(steps) == STEPS + 1
+    for budget, verdict in found.tried.items():
+        small = made.build("optimal", made.budgets("params").within(budget)).network
+        assert (is_correct(small, inputs, labels).mean() >= needed - 1e-9) == verdict
+    below = steps.index(found.budget) - 1
+    assert below < 0 or found.tried[steps[below]] is False
+
+
+def test_where_nothing_before_a_layer_was_replaced_compensated_weights_are_the_optimum(compression, dataset):
+    """On the same images; from the second layer that is replaced on, they are not."""
+    made = compression("resnet20", images=96)
+    chosen = made.choices(Policy(budget={"params": 0.5}))
+    first, *_, last = chosen
+    apart = {}
+    for layer in (first, last):
+        weights = [made.build(m, chosen).network.get_submodule(layer) for m in ("optimal", "compensated")]
+        matrices = [
+            (two[1].weight.flatten(1) @ two[0].weight.flatten(1)) for two in weights if chosen[layer][0] == "channel"
+        ]
+        apart[layer] = float((matrices[0] - matrices[1]).abs().max()) if matrices else None
+    alone = {first: chosen[first]}
+    same = [outputs(made.build(m, alone).network, dataset.inputs("test")) for m in ("optimal", "compensated")]
+    torch.testing.assert_close(same[0], same[1], rtol=0, atol=1e-3)
+    assert apart[last] is None or apart[last] > 1e-3
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_compensated_logits_are_closer_to_the_originals_than_those_of_the_optimum(compression, dataset, name):
+    made = compression(name)
+    chosen = made.choices(Policy(budget={"params": 0.5}))
+    before = outputs(made.network, dataset.inputs("test"))
+    off = {m: (outputs(made.build(m, chosen).network, dataset.inputs("test")) - before).norm() for m in METHODS}
+    assert off["compensated"] < off["optimal"] < off["svd"]
+
+
+def test_layers_are_in_the_order_of_calls(compression, trained):
+    layers = countable(trained["vit"]).layers
+    shuffled = [layers[i] for i in (4, 1, 0, 3, 2, *range(5, len(layers)))]
+    ordered = in_call_order(trained["vit"], shuffled, torch.zeros(1, 1, 8, 8))
+    assert [layer.name for layer in ordered] == [layer.name for layer in layers]
+
+
+def test_a_network_from_random_weights_has_the_forms_and_the_size_of_the_compressed_one(compression, dataset):
+    made = compression("resnet20")
+    small = made.build("compensated", made.choices(Policy(budget={"params": 0.5})))
+    other = untrained(MODELS["resnet20"], dataset.shape, 2, False, small.forms)
+    shapes = [{name: t.shape for name, t in n.state_dict().items()} for n in (small.network, other)]
+    assert shapes[0] == shapes[1]
+    assert not torch.equal(outputs(other, dataset.inputs("test")), outputs(small.network, dataset.inputs("test")))
+
+
+def test_what_is_saved_is_loaded_again(compression, dataset, tmp_path):
+    made = compression("resnet20")
+    small = made.build("compensated", made.choices(Policy(budget={"params": 0.5})))
+    assert "spatial" in {form for form, *_ in small.forms.values()}
+    decompose.save(small, tmp_path / "small.safetensors")
+    again = decompose.load(made.network, tmp_path / "small.safetensors")
+    assert torch.equal(outputs(again, dataset.inputs("test")), outputs(small.network, dataset.inputs("test")))
+
+
+def study(parameters: dict):
+    return parse_study(parameters | {"seed": 3, "threads": torch.get_num_threads()})
+
+
+RECIPE = Finetune(epochs=2, lr=1e-3, batch_size=32)
+
+
+def tuned(network: nn.Module, dataset, parameters: dict, **how: object) -> list[training.Tuned]:
+    recipe = RECIPE.model_copy(update=how)
+    return training.finetune(network, network, dataset, recipe, study(parameters), "frontier toy", "toy")
+
+
+def test_of_several_learning_rates_the_best_on_the_search_split_is_taken(trained, dataset, parameters):
+    torch.manual_seed(0)
+    network = models.build(MODELS["resnet20"], (1, 8, 8), 2)  # untrained: small steps do not suffice
+    alone = {lr: tuned(network, dataset, parameters, lr=lr)[0] for lr in (1e-6, 1e-2)}
+    accuracy = {lr: one.curve.search_accuracy.iloc[-1] for lr, one in alone.items()}
+    assert accuracy[1e-2] > accuracy[1e-6]
+    (best,) = tuned(network, dataset, parameters, lr=1e-6, lrs=[1e-2])
+    assert best.lr == 1e-2
+    assert best.curve.equals(alone[1e-2].curve)
+
+
+def test_seeds_differ_and_the_first_is_that_of_one_seed_alone(trained, dataset, parameters):
+    network = trained["resnet20"]
+    before = copy.deepcopy(network.state_dict())
+    three = tuned(network, dataset, parameters, seeds=3)
+    (alone,) = tuned(network, dataset, parameters)
+    assert len(three) == 3
+    assert three[0].curve.equals(alone.curve)
+    assert not three[1].curve.loss.equals(three[2].curve.loss)
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
+
+def test_distillation_has_no_loss_where_predictions_are_the_teachers():
+    teacher, images = nn.Linear(4, 3), torch.randn(6, 4)
+    logits = teacher(images).detach()
+    assert float(training.distillation(logits + 5, teacher, images)) == pytest.approx(0, abs=1e-5)
+    assert float(training.distillation(-logits, teacher, images)) > 0
+
+
+def test_distilled_networks_follow_the_original_and_not_the_labels(dataset, parameters):
+    """The original takes one class for the other."""
+    original = nn.Sequential(nn.Flatten(), nn.Linear(64, 2))
+    with torch.no_grad():
+        half = torch.cat([torch.ones(32), -torch.ones(32)])
+        original[1].weight.copy_(torch.stack([-half, half]))
+        original[1].bias.zero_()
+    accuracy = {}
+    for weight in (0.0, 1.0):
+        network = nn.Sequential(nn.Flatten(), nn.Linear(64, 2))
+        recipe = RECIPE.model_copy(update={"epochs": 10, "lr": 1e-2, "distillation": weight})
+        (one,) = training.finetune(network, original, dataset, recipe, study(parameters), "frontier toy", "toy")
+        accuracy[weight] = one.curve.search_accuracy.iloc[-1]
+    assert accuracy[0.0] > 90
+    assert accuracy[1.0] < 10
+
+
+def test_the_tables_say_what_was_chosen_and_what_was_tried(compression):
+    made = compression("resnet20")
+    choices = {p.name: made.choices(p) for p in (POLICIES[3], POLICIES[4])}
+    table = choices_table(choices, made.layers)
+    assert len(table) == 2 * len(made.layers)
+    for name, chosen in choices.items():
+        rows = table[table.ranks == name].set_index("layer")
+        small = made.build("svd", chosen).network  # which adds no bias
+        assert rows.weights.sum() == sum(
+            p.numel()
+            for layer in made.layers
+            for n, p in small.get_submodule(layer).named_parameters()
+            if "bias" not in n
+        )
+        assert {layer for layer, form in rows.form.items() if form == "whole"} == set(made.layers) - set(chosen)
+    tried = boundaries_table(made.boundaries, cost.parameters(made.network))
+    assert set(tried.ranks) == {"joint-5"}
+    assert tried.budget.is_monotonic_increasing
+    assert tried.kept.between(0, 1).all()
+
+
+def results() -> pd.DataFrame:
+    draw = np.random.default_rng(0)
+    rows = []
+    for form, method, ranks, seed in (
+        ("original", "dense", "all", None),
+        ("decomposed", "compensated", "joint-0.5", None),
+        ("decomposed", "svd", "params-0.5", None),
+        ("fine-tuned", "dense", "all", 0),
+        ("fine-tuned", "compensated", "params-0.5", 0),
+        ("fine-tuned", "compensated", "params-0.5", 1),
+    ):
+        low, change, high = np.sort(draw.uniform(-40, 1, 3)) if form != "original" else (0.0, 0.0, 0.0)
+        costs = {"parameters": 1000 if method == "dense" else 500, "flops": 10_000 if method == "dense" else 4000}
+        about = {"form": form, "method": method, "ranks": ranks, "seed": seed, "accuracy": 90 + change}
+        rows.append(about | {"change": change, "change_low": low, "change_high": high} | costs)
+    return pd.DataFrame(rows).astype({"seed": "Int64"})
+
+
+def test_the_frontier_has_a_mark_for_every_network_of_the_first_seed_at_its_cost():
+    others = figures.published("resnet20", "CIFAR10")
+    table = results()
+    figure = figures.frontier(table, "ResNet-20", others)
+    shown = table[(table.form != "original") & (table.seed.fillna(0) == 0)]
+    for axes, column in zip(figure.axes, ("parameters", "flops"), strict=True):
+        at = [tuple(mark.get_offsets()[0]) for mark in axes.collections]
+        assert at == [
+            (cost_ / table[column][0], change) for cost_, change in zip(shown[column], shown.change, strict=True)
+        ]
+        named = [text.get_text() for text in axes.texts]
+        assert named == others[others[f"{column}_kept"].notna()].work.tolist()
+    assert figure.axes[0].get_yscale() == "symlog"
+    words = [text.get_text() for text in figure.axes[1].get_legend().get_texts()]
+    assert {"compensated", "SVD of W", "dense", "joint", "params", "before training", "fine-tuned"} < set(words)
+
+
+def test_published_figures_are_of_the_same_network_and_images_only():
+    assert len(figures.published("resnet20", "CIFAR10")) > 5
+    assert figures.published("resnet20", "digits").empty
+    assert figures.published("vgg11", "CIFAR10").empty
+    assert figures.published("resnet20", "CIFAR10").source.notna().all()
