@@ -151,7 +151,7 @@ def latencies(study: Study, store: Store) -> pd.DataFrame:
 
 
 def timed(study: Study, store: Store) -> pd.DataFrame:
-    """The low-rank networks of the frontier whose time was taken here: results, label and time_kept, before training."""
+    """The frontier's networks before training whose time was taken here: their results, label and time_kept."""
     parts = []
     for key in study.frontier:
         path = store.data("timings", f"frontier-{key}.csv")
