@@ -280,6 +280,13 @@ def studied(tmp_path, parameters) -> tuple[config.Study, Store]:
     kinds = {"supervised": "vit", "linear": "vit_linear", "finetuned": "vit_finetuned"}
     parameters["comparisons"]["vit"] |= kinds
     parameters["repeats"] = {"vgg11": {"label": "VGG11", "runs": ["vgg11", "vgg11_again"]}}
+    parameters["frontier"] = {
+        "vgg11": {
+            "methods": ["svd", "compensated"],
+            "ranks": [{"search": "joint", "epsilon": 1}, {"budget": {"params": 0.5}, "finetuned": ["compensated"]}],
+            "finetune": {"epochs": 1, "lr": 0.01, "seeds": 3},
+        }
+    }
     study = config.parse_study(parameters)
     store, draw = Store(study.name, tmp_path), np.random.default_rng(0)
     for key in study.runs:
@@ -289,6 +296,8 @@ def studied(tmp_path, parameters) -> tuple[config.Study, Store]:
         write_table(store.report("results", f"measure-{key}.csv"), layers)
         write_table(store.report("results", f"decompose-{key}.csv"), decomposed)
         write_table(store.report("results", f"finetune-{key}.csv"), tuned)
+    for key, asked in study.frontier.items():
+        write_table(store.report("results", f"frontier-{key}.csv"), _frontier(asked, draw))
     return study, store
 
 
@@ -324,11 +333,7 @@ def _results(study: config.Study, draw: np.random.Generator) -> tuple:
     }
 
     def assessed(form: str, method: str, epsilon: float | None) -> dict:
-        low, change, high = np.sort(draw.uniform(-9, 3, 3))
-        interval = {"change": change, "change_low": low, "change_high": high}
-        costs = {"parameters": int(draw.integers(10**3, 10**6)), "flops": int(draw.integers(10**5, 10**8))}
-        about = {"form": form, "method": method, "epsilon": epsilon, "accuracy": draw.uniform(50, 100), "images": 450}
-        return about | interval | costs
+        return {"form": form, "method": method, "epsilon": epsilon, **_assessment(draw)}
 
     decomposed = [assessed("original", "dense", None)]
     for epsilon in epsilons:
@@ -337,6 +342,28 @@ def _results(study: config.Study, draw: np.random.Generator) -> tuple:
     tuned = [assessed("fine-tuned", "dense", None)]
     tuned += [assessed("fine-tuned", method, e) for e in epsilons for method in study.decompose.finetuned]
     return trained, measured, layers, pd.DataFrame(decomposed), pd.DataFrame(tuned)
+
+
+def _assessment(draw: np.random.Generator) -> dict:
+    """What ``decompose.assess`` finds of a network."""
+    low, change, high = np.sort(draw.uniform(-9, 3, 3))
+    interval = {"change": change, "change_low": low, "change_high": high}
+    costs = {"parameters": int(draw.integers(10**3, 10**6)), "flops": int(draw.integers(10**5, 10**8))}
+    return {"accuracy": draw.uniform(50, 100), "images": 450, **interval, **costs}
+
+
+def _frontier(asked: config.Frontier, draw: np.random.Generator) -> pd.DataFrame:
+    """What the frontier writes for one run."""
+    made = [("original", "dense", "all", None)]
+    made += [("decomposed", method, policy.name, None) for policy in asked.ranks for method in asked.methods]
+    tuned = [("dense", "all"), *((method, policy.name) for policy in asked.ranks for method in policy.finetuned)]
+    made += [("fine-tuned", *about, seed) for about in tuned for seed in range(asked.finetune.seeds)]
+    rows = []
+    for form, method, ranks, seed in made:
+        about = {"form": form, "method": method, "ranks": ranks}
+        beside = {"lr": 0.01, "seed": seed} if form == "fine-tuned" else {"search_accuracy": draw.uniform(50, 100)}
+        rows.append(about | _assessment(draw) | beside)
+    return pd.DataFrame(rows).astype({"seed": "Int64"})
 
 
 def _kinds(picture: Image.Image) -> dict[str, tuple[Image.Image, dict]]:

@@ -33,14 +33,7 @@ def index(study, store, links=(), record=RECORD) -> str:
     best = "optimal" if "optimal" in study.decompose.finetuned else study.decompose.finetuned[0]
     tuned = steps[(steps.form == "fine-tuned") & (steps.method == best)]
     epsilons = sorted(study.measure.epsilons)
-    sheets = {
-        "table1-utilization": tables.utilization(study, store),
-        "table2-compression": tables.compression(steps, best),
-        "table3-training": tables.by_training(study, store),
-        "table4-methods": tables.methods(steps),
-        "table5-settings": tables.settings(study, store, record),
-        "repeats": tables.repeats(study, store, tuned),
-    }
+    sheets = tables.sheets(study, store, record, steps, best)
     report.write_index(study, store, sheets, list(links), record, tuned, epsilons[len(epsilons) // 2])
     return store.report("index.html").read_text()
 
@@ -108,16 +101,11 @@ def test_the_index_shows_every_sheet_to_the_last_row(studied):
     page = index(study, store)
     shown = re.findall(r"<table>.*?</table>", page, re.DOTALL)
     steps = tables.steps(study, store)
-    tuned = steps[(steps.form == "fine-tuned") & (steps.method == "optimal")]
-    sheets = [
-        tables.utilization(study, store),
-        tables.repeats(study, store, tuned),
-        tables.by_training(study, store),
-        tables.compression(steps, "optimal"),
-        tables.methods(steps),
-        tables.settings(study, store, RECORD),
-    ]
-    assert [len(cells(table)) for table in shown] == [len(sheet) for sheet in sheets]
+    sheets = tables.sheets(study, store, RECORD, steps, "optimal")
+    in_turn = ["table1-utilization", "repeats", "table3-training", "table2-compression", "table4-methods"]
+    in_turn += ["table6-frontier", "frontier-seeds", "table5-settings"]
+    assert set(in_turn) == set(sheets)
+    assert [len(cells(table)) for table in shown] == [len(sheets[name]) for name in in_turn]
 
 
 def test_repeats_comparisons_notes_and_cuts_are_shown_where_a_study_has_them(studied):

@@ -31,14 +31,7 @@ def sheets(study, store, record) -> tuple[dict[str, pd.DataFrame], dict]:
     all_steps = tables.steps(study, store)
     best = "optimal" if "optimal" in study.decompose.finetuned else study.decompose.finetuned[0]
     finetuned = all_steps[(all_steps.form == "fine-tuned") & (all_steps.method == best)]
-    return {
-        "table1-utilization": tables.utilization(study, store),
-        "table2-compression": tables.compression(all_steps, best),
-        "table3-training": tables.by_training(study, store),
-        "table4-methods": tables.methods(all_steps),
-        "table5-settings": tables.settings(study, store, record),
-        "repeats": tables.repeats(study, store, finetuned),
-    }, tables.summary(study, store, finetuned)
+    return tables.sheets(study, store, record, all_steps, best), tables.summary(study, store, finetuned)
 
 
 def row_of(store: Store, key: str, form: str, method: str, epsilon: float) -> pd.Series:
@@ -247,7 +240,7 @@ def test_latencies_are_those_that_were_timed_here(studied):
     (row,) = tables.latencies(study, store).to_dict("records")
     assert row == {
         "network": "ViT & labels",
-        "ε": 1.0,
+        "ranks": "ε = 1",
         "weights": "SVD of W",
         "images at a time": 64,
         "original, ms": pytest.approx(20),
@@ -255,6 +248,52 @@ def test_latencies_are_those_that_were_timed_here(studied):
         "time kept %": pytest.approx(75),
         "FLOPs kept %": pytest.approx(40),
     }
+
+
+def test_every_number_of_table_6_is_in_the_files_of_the_frontier(studied):
+    study, store = studied
+    made, table = tables.rows(store, "frontier", "vgg11"), tables.frontier(study, store)
+    first = made[made.seed.isna() | (made.seed == 0)]
+    assert len(table) == len(first) == 1 + 2 * 2 + 2  # original; ranks and methods; dense and compensated, trained on
+    for (_, shown), row in zip(table.iterrows(), first.itertuples(), strict=True):
+        assert (shown.ranks, shown.weights, shown.step) == (row.ranks, tables.METHOD_NAMES[row.method], row.form)
+        assert (shown["accuracy %"], shown["images"]) == (row.accuracy, row.images)
+        assert shown["change, points [95%]"] == ("" if row.form == "original" else bracketed(row))
+        assert shown["parameters kept %"] == pytest.approx(100 * row.parameters / made.parameters[0])
+        assert shown["FLOPs kept %"] == pytest.approx(100 * row.flops / made.flops[0])
+
+
+def test_seeds_of_fine_tuning_are_summed_up_by_mean_and_standard_deviation(studied):
+    study, store = studied
+    made = tables.rows(store, "frontier", "vgg11").query("form == 'fine-tuned'")
+    dense, compensated = tables.frontier_seeds(study, store).to_dict("records")
+    for row, method in ((dense, "dense"), (compensated, "compensated")):
+        changes = made[made.method == method].change.to_numpy()
+        assert (row["weights"], row["seeds"]) == (method, 3)
+        assert row["mean change, points"] == pytest.approx(changes.mean())
+        assert row["standard deviation"] == pytest.approx(changes.std(ddof=1))
+
+
+def test_accuracy_is_set_against_the_time_that_was_taken_here(studied):
+    study, store = studied
+    assert tables.timed(study, store).empty
+    times = {"ranks": "params-0.5", "method": "svd", "images": 64, "original": 0.02, "decomposed": 0.015}
+    write_table(store.data("timings", "frontier-vgg11.csv"), pd.DataFrame([times | {"flops_kept": 0.4}]))
+    (row,) = tables.timed(study, store).to_dict("records")
+    made = tables.rows(store, "frontier", "vgg11")
+    its = made[(made.method == "svd") & (made.ranks == "params-0.5")].iloc[0]
+    assert row["time_kept"] == pytest.approx(0.75)
+    assert (row["label"], row["change"], row["form"]) == ("VGG11", its.change, "decomposed")
+
+
+def test_only_tables_that_have_rows_are_written(studied, steps):
+    study, store = studied
+    record = {"code": "a hash", **MACHINE}
+    every = set(tables.sheets(study, store, record, steps, "optimal"))
+    plain = study.model_copy(update={"frontier": {}, "repeats": {}, "comparisons": {}})
+    fewer = {"repeats", "table3-training", "table6-frontier", "frontier-seeds"}
+    assert fewer < every
+    assert set(tables.sheets(plain, store, record, steps, "optimal")) == every - fewer
 
 
 def test_two_runs_of_one_label_are_refused_since_no_table_could_tell_them_apart(parameters):

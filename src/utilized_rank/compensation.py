@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 from torch.nn.grad import conv2d_weight
 
 from .data import Batches
+from .evaluation import received
 from .layers import Layer, padding
 from .lowrank import Fit
 from .moments import Stream
@@ -205,21 +206,10 @@ def _hooked(layer: Layer, original: Suffix, small: Suffix) -> Iterator[tuple[Ten
     before, after = original.traced.network, small.traced.network
     for batch in original.batches:
         images = original.images[batch]
-        inputs = _received(before, layer.module, images)
-        changed = _received(after, after.get_submodule(layer.name), images)
-        for old, new in zip(inputs, changed, strict=True):
+        inputs = received(before, [layer.module], images)
+        changed = received(after, [after.get_submodule(layer.name)], images)
+        for (_, old), (_, new) in zip(inputs, changed, strict=True):
             yield new, _without_bias(layer, old)
-
-
-def _received(network: nn.Module, module: nn.Module, images: Tensor) -> list[Tensor]:
-    seen: list[Tensor] = []
-    # A copy, since the network may change it in place later on.
-    handle = module.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
-    try:
-        network(images)
-    finally:
-        handle.remove()
-    return seen
 
 
 def _without_bias(layer: Layer, inputs: Tensor) -> Tensor:

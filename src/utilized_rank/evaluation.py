@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -25,10 +27,20 @@ def is_correct(network: nn.Module, inputs: Batches, labels: Tensor) -> np.ndarra
 
 def features(network: nn.Module, module: nn.Module, inputs: Batches) -> Tensor:
     """What flows into ``module``, a part of ``network``: (N, ...); into its classifier, (N, D)."""
-    seen: list[Tensor] = []
-    hook = module.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    return torch.cat([seen for batch in inputs.split(BATCH) for _, seen in received(network, [module], batch)])
+
+
+@torch.no_grad()
+def received(network: nn.Module, modules: Iterable[nn.Module], batch: Tensor) -> list[tuple[nn.Module, Tensor]]:
+    """Every call of some modules while a network in evaluation mode takes ``batch`` (B, C, H, W), in order.
+
+    With each, a copy of what the module is called with: the network may change it in place later on.
+    """
+    seen: list[tuple[nn.Module, Tensor]] = []
+    handles = [m.register_forward_pre_hook(lambda m, args: seen.append((m, args[0].clone()))) for m in modules]
     try:
-        outputs(network, inputs)
+        network.eval()(batch)
     finally:
-        hook.remove()
-    return torch.cat(seen)
+        for handle in handles:
+            handle.remove()
+    return seen

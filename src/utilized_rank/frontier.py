@@ -17,7 +17,7 @@ from .compensation import Compensation
 from .config import Policy
 from .data import Dataset
 from .decompose import Decomposed
-from .evaluation import is_correct
+from .evaluation import is_correct, received
 from .layers import Layer, countable
 from .lowrank import (
     FORMS,
@@ -215,17 +215,10 @@ def untrained(
     return network
 
 
-@torch.no_grad()
 def in_call_order(network: nn.Module, layers: list[Layer], image: torch.Tensor) -> list[Layer]:
     """The layers in the order of their first calls for ``image`` (1, C, H, W); those never called are left out."""
-    calls: list[Layer] = []
-    handles = [layer.module.register_forward_hook(lambda *_, layer=layer: calls.append(layer)) for layer in layers]
-    try:
-        network.eval()(image)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return list(dict.fromkeys(calls))
+    of: dict[nn.Module, Layer] = {layer.module: layer for layer in layers}
+    return [of[module] for module in dict.fromkeys(module for module, _ in received(network, of, image))]
 
 
 def boundaries_table(boundaries: dict[str, Joint], parameters: int) -> pd.DataFrame:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from . import models, sources
+from . import cost, models, sources
 from .attention import explicit
-from .config import Finetune, Frontier, Model, Recipe, Study
-from .evaluation import BATCH
+from .config import Finetune, Frontier, Measure, Model, Pretrained, Recipe, Study, Train
+from .evaluation import BATCH, received
 from .layers import countable
 from .policies import STEPS
 from .prepare import DESCRIBING, split_counts
@@ -24,6 +24,8 @@ BACKWARD = 3
 """A training step over a forward pass, by FLOPs."""
 PROCESS = 900
 """MiB of a process with torch and timm."""
+LOSSES = 8
+"""Looks at each layer to measure what a budget loses by it, from that layer on."""
 MIB = 2**20
 
 
@@ -48,18 +50,11 @@ def network_shape(model: Model, shape: tuple[int, int, int], classes: int, split
     with torch.device("meta"):
         network = explicit(models.build(model, shape, classes), split).eval()
         layers = countable(network).layers
-        flows: list[int] = []
-
-        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            flows.append(4 * args[0].numel())
-
-        handles = [layer.module.register_forward_pre_hook(hook) for layer in layers]
-        network(torch.empty(1, *shape))
-        for handle in handles:
-            handle.remove()
+        modules: list[nn.Module] = [layer.module for layer in layers]
+        flows = [4 * inputs.numel() for _, inputs in received(network, modules, torch.empty(1, *shape))]
     return Shape(
         len(layers),
-        sum(p.numel() for p in network.parameters()),
+        cost.parameters(network),
         sum(8 * layer.groups * layer.m**2 for layer in layers),
         max(layer.m**2 for layer in layers),
         sum(flows),
@@ -67,111 +62,139 @@ def network_shape(model: Model, shape: tuple[int, int, int], classes: int, split
     )
 
 
-def plan(study: Study, root: Path) -> pd.DataFrame:
-    """One row a stage and run: stage, run, images, passes, memory, disk.
+@dataclass(frozen=True)
+class Scale:
+    """What decides the cost of every stage."""
 
-    ``images`` are those that are read, each time again; ``passes`` are forward passes of one image through the whole
-    network, a training step counting :data:`BACKWARD`; memory (the peak) and disk are in MiB.
+    train: int
+    search: int
+    test: int
+    shape: tuple[int, int, int]
+    """Channels, height, width."""
+    classes: int
+    kept: int
+    """Bytes of the images, where they are kept as one array."""
+
+    @property
+    def base(self) -> float:
+        """MiB of a process that holds the images."""
+        return PROCESS + self.kept / MIB
+
+    def optimised(self, recipe: Recipe, of: Shape) -> float:
+        """MiB while training: weights, gradients and moments; activations of a batch, and their gradients."""
+        return self.base + (16 * of.parameters + 4 * recipe.batch_size * of.inputs) / MIB
+
+
+@dataclass(frozen=True)
+class Need:
+    """What one stage takes for one run."""
+
+    images: float
+    """That are read, each time again."""
+    passes: float
+    """Forward passes of one image through the whole network, a training step counting :data:`BACKWARD`."""
+    memory: float
+    """MiB, at the peak."""
+    disk: float
+    """MiB."""
+
+
+def plan(study: Study, root: Path) -> pd.DataFrame:
+    """One row a stage and run: stage, run, and the fields of :class:`Need`.
 
     Raises:
         StudyError: a folder or an architecture is not there.
     """
+    scale = _scale(study, root)
+    split = study.measure.qkv == "split"
+    needs = {("prepare", ""): _prepare(scale)}
+    for name, made in study.pretrained.items():
+        of = network_shape(made.model, scale.shape, scale.classes, split=False)
+        needs["pretrain", name] = _pretrain(made, of, scale)
+    for name, run in study.runs.items():
+        of = network_shape(run.model, scale.shape, scale.classes, split)
+        needs["train", name] = _train(run.train, of, scale)
+        needs["measure", name] = _measure(study.measure, of, scale)
+        needs["decompose", name] = _decompose(study, of, scale)
+        needs["finetune", name] = _finetune(study, run.finetune, of, scale)
+    for name, asked in study.frontier.items():
+        of = network_shape(study.runs[name].model, scale.shape, scale.classes, split)
+        needs["frontier", name] = _frontier(asked, study.measure.memory, of, scale)
+    return pd.DataFrame([{"stage": stage, "run": run, **asdict(need)} for (stage, run), need in needs.items()])
+
+
+def _scale(study: Study, root: Path) -> Scale:
     size = sources.size(study.data, root)
     counts = split_counts(size.images, size.classes, study.data, size.test > 0)
-    train, search = counts["train"], counts["search"]
     test = counts.get("test", min(study.data.limit or size.test, size.test))
-    everything = train + search + test
     shape = (size.channels, study.data.image_size, study.data.image_size)
-    kept = everything * shape[0] * shape[1] ** 2 if study.data.image_size <= sources.SMALL else 0
-    base = PROCESS + kept / MIB
-    rows: list[dict[str, object]] = []
-
-    def add(stage: str, run: str, images: float, passes: float, memory: float, disk: float) -> None:
-        rows.append(
-            {"stage": stage, "run": run, "images": images, "passes": passes, "memory": memory, "disk": disk / MIB}
-        )
-
-    def optimised(recipe: Recipe, of: Shape) -> float:
-        """MiB while training: weights, gradients and moments; activations of a batch, and their gradients."""
-        return base + (16 * of.parameters + 4 * recipe.batch_size * of.inputs) / MIB
-
-    decoded = everything if kept else min(train, DESCRIBING)
-    add("prepare", "", decoded, 0, PROCESS + 2 * kept / MIB, kept)
-    for name, made in study.pretrained.items():
-        of = network_shape(made.model, shape, size.classes, split=False)
-        here = made.method in ("simclr", "mae")
-        seen = train * made.epochs * here
-        views = {"simclr": 2.0, "mae": 1 - made.mask_ratio}.get(made.method, 0.0)
-        memory = optimised(made, of) if here else base + 8 * of.parameters / MIB
-        add("pretrain", name, seen, BACKWARD * seen * views, memory, 4 * of.parameters)
-    for name, run in study.runs.items():
-        of = network_shape(run.model, shape, size.classes, study.measure.qkv == "split")
-        epochs = {"supervised": run.train.epochs, "linear": 0, "as_given": 0}[run.train.method]
-        watched = epochs * search + search + test + (train + search if run.train.method == "linear" else 0)
-        add(
-            "train",
-            name,
-            epochs * train + watched,
-            BACKWARD * epochs * train + watched,
-            optimised(run.train, of) if epochs else base + 4 * (of.parameters + BATCH * of.widest) / MIB,
-            4 * of.parameters,
-        )
-        epsilons, methods = len(study.measure.epsilons), len(study.decompose.methods)
-        calibration = min(study.measure.calibration_images, train)
-        searched = PASSES * of.layers * epsilons * search
-        frontier = min(study.measure.memory, search * of.widest / MIB)
-        add(
-            "measure",
-            name,
-            calibration + 2 * search + searched,
-            calibration + 2 * search + searched,
-            base + frontier + (of.moments + 4 * 8 * of.largest + 4 * BATCH * of.widest) / MIB,
-            of.moments,
-        )
-        assessed = test * (2 + epsilons * (1 + methods))
-        looked = min(study.decompose.sweep_images, search)
-        swept = looked * (1 + 5 * study.decompose.sweep_points + 2 * epsilons)
-        add(
-            "decompose",
-            name,
-            assessed + swept,
-            assessed + swept,
-            base + (2 * of.moments + (4 + methods) * 4 * of.parameters + 4 * BATCH * of.widest) / MIB,
-            4 * of.parameters * epsilons * methods,
-        )
-        variants = 1 + epsilons * len(study.decompose.finetuned)
-        tuned = run.finetune.epochs * variants
-        add(
-            "finetune",
-            name,
-            tuned * (train + search) + (variants + 1) * test,
-            tuned * (BACKWARD * train + search) + (variants + 1) * test,
-            optimised(run.finetune, of),
-            4 * of.parameters * variants,
-        )
-    for name, asked in study.frontier.items():
-        of = network_shape(study.runs[name].model, shape, size.classes, study.measure.qkv == "split")
-        chosen, trained = _made(asked, of.layers, min(asked.images, train), search), _trained(asked)
-        networks = len(asked.ranks) * len(asked.methods)
-        passed: float = (
-            (networks + 1) * (search + test) + chosen + min(asked.loss_images, train) * LOSSES * of.layers / 2
-        )
-        steps = sum(recipe.epochs * copies for recipe, copies in trained)
-        passed += steps * search + sum(copies for _, copies in trained) * test
-        frontier = min(study.measure.memory, max(search, 2 * min(asked.images, train)) * of.widest / MIB)
-        add(
-            "frontier",
-            name,
-            passed + steps * train,
-            passed + BACKWARD * steps * train,
-            frontier + (3 * of.moments + networks * 4 * of.parameters) / MIB + optimised(asked.finetune, of),
-            4 * of.parameters * (networks + len(trained)),
-        )
-    return pd.DataFrame(rows)
+    everything = counts["train"] + counts["search"] + test
+    kept = everything * math.prod(shape) if study.data.image_size <= sources.SMALL else 0
+    return Scale(counts["train"], counts["search"], test, shape, size.classes, kept)
 
 
-LOSSES = 8
-"""Looks at each layer to measure what a budget loses by it, from that layer on."""
+def _prepare(scale: Scale) -> Need:
+    decoded = scale.train + scale.search + scale.test if scale.kept else min(scale.train, DESCRIBING)
+    return Need(decoded, 0, PROCESS + 2 * scale.kept / MIB, scale.kept / MIB)
+
+
+def _pretrain(made: Pretrained, of: Shape, scale: Scale) -> Need:
+    here = made.method in ("simclr", "mae")
+    seen = scale.train * made.epochs * here
+    views = {"simclr": 2.0, "mae": 1 - made.mask_ratio}.get(made.method, 0.0)
+    memory = scale.optimised(made, of) if here else scale.base + 8 * of.parameters / MIB
+    return Need(seen, BACKWARD * seen * views, memory, 4 * of.parameters / MIB)
+
+
+def _train(recipe: Train, of: Shape, scale: Scale) -> Need:
+    epochs = recipe.epochs if recipe.method == "supervised" else 0
+    probed = (scale.train + scale.search) * (recipe.method == "linear")
+    watched = epochs * scale.search + scale.search + scale.test + probed
+    steps = epochs * scale.train
+    memory = scale.optimised(recipe, of) if epochs else scale.base + 4 * (of.parameters + BATCH * of.widest) / MIB
+    return Need(steps + watched, BACKWARD * steps + watched, memory, 4 * of.parameters / MIB)
+
+
+def _measure(asked: Measure, of: Shape, scale: Scale) -> Need:
+    searched = PASSES * of.layers * len(asked.epsilons) * scale.search
+    seen = min(asked.calibration_images, scale.train) + 2 * scale.search + searched
+    frontier = min(asked.memory, scale.search * of.widest / MIB)
+    moments = (of.moments + 4 * 8 * of.largest + 4 * BATCH * of.widest) / MIB
+    return Need(seen, seen, scale.base + frontier + moments, of.moments / MIB)
+
+
+def _decompose(study: Study, of: Shape, scale: Scale) -> Need:
+    asked, epsilons = study.decompose, len(study.measure.epsilons)
+    methods = len(asked.methods)
+    swept = min(asked.sweep_images, scale.search) * (1 + 5 * asked.sweep_points + 2 * epsilons)
+    seen = scale.test * (2 + epsilons * (1 + methods)) + swept
+    memory = scale.base + (2 * of.moments + (4 + methods) * 4 * of.parameters + 4 * BATCH * of.widest) / MIB
+    return Need(seen, seen, memory, 4 * of.parameters * epsilons * methods / MIB)
+
+
+def _finetune(study: Study, recipe: Recipe, of: Shape, scale: Scale) -> Need:
+    variants = 1 + len(study.measure.epsilons) * len(study.decompose.finetuned)
+    epochs = recipe.epochs * variants
+    steps, watched = epochs * scale.train, epochs * scale.search + (variants + 1) * scale.test
+    disk = 4 * of.parameters * variants / MIB
+    return Need(steps + watched, BACKWARD * steps + watched, scale.optimised(recipe, of), disk)
+
+
+def _frontier(asked: Frontier, most: int, of: Shape, scale: Scale) -> Need:
+    images, networks, trained = min(asked.images, scale.train), len(asked.ranks) * len(asked.methods), _trained(asked)
+    epochs = sum(recipe.epochs * copies for recipe, copies in trained)
+    watched = (
+        (networks + 1) * (scale.search + scale.test)
+        + _made(asked, of.layers, images, scale.search)
+        + min(asked.loss_images, scale.train) * LOSSES * of.layers / 2
+        + epochs * scale.search
+        + sum(copies for _, copies in trained) * scale.test
+    )
+    steps = epochs * scale.train
+    frontier = min(most, max(scale.search, 2 * images) * of.widest / MIB)
+    memory = frontier + (3 * of.moments + networks * 4 * of.parameters) / MIB + scale.optimised(asked.finetune, of)
+    disk = 4 * of.parameters * (networks + len(trained)) / MIB
+    return Need(steps + watched, BACKWARD * steps + watched, memory, disk)
 
 
 def _made(asked: Frontier, layers: int, images: int, search: int) -> float:

@@ -15,7 +15,7 @@ from . import cost
 from .allocation import Allocation, Options
 from .config import StudyError
 from .data import Batches
-from .evaluation import outputs
+from .evaluation import outputs, received
 from .layers import Layer, Weighted
 from .lowrank import FORMS, Cut, Factors, Fit, bias_of, forms_of, pair, saves, weights_a_rank
 from .projection import replaced
@@ -82,13 +82,13 @@ def parameter_costs(network: nn.Module, layers: list[Candidate], images: Tensor)
 def flop_costs(network: nn.Module, layers: list[Candidate], images: Tensor) -> Costs:
     """In floating point operations for one image, by :func:`utilized_rank.cost.flops_of`."""
     one = images[:1]
-    received = _received(network, [c.layer for c in layers], one)
+    flows = _flows(network, layers, one)
 
     def of(candidate: Candidate, form: str) -> np.ndarray:
         return of_all_calls(candidate.module(form, 1), candidate.layer.name) * _ranks(candidate, form)
 
     def of_all_calls(module: nn.Module, name: str) -> int:
-        return sum(cost.flops_of(module, inputs) for inputs in received[name])
+        return sum(cost.flops_of(module, inputs) for inputs in flows[name])
 
     whole = {c.layer.name: of_all_calls(c.layer.module, c.layer.name) for c in layers}
     return Costs(cost.flops(network, one), whole, {c.layer.name: {f: of(c, f) for f in c.cuts} for c in layers})
@@ -96,13 +96,13 @@ def flop_costs(network: nn.Module, layers: list[Candidate], images: Tensor) -> C
 
 def latency_costs(network: nn.Module, layers: list[Candidate], images: Tensor) -> Costs:
     """In nanoseconds for ``images``, as measured on this machine at a few ranks, and straight lines between them."""
-    received = _received(network, [c.layer for c in layers], images)
+    flows = _flows(network, layers, images)
     whole: dict[str, int] = {}
     ways: dict[str, dict[str, np.ndarray]] = {}
     for c in layers:
         measured = [(form, rank) for form in c.cuts for rank in _spread(c.saving(form))]
         modules = [c.layer.module, *(c.module(*way) for way in measured)]
-        times = np.sum([cost.latencies(modules, inputs, SECONDS) for inputs in received[c.layer.name]], axis=0)
+        times = np.sum([cost.latencies(modules, inputs, SECONDS) for inputs in flows[c.layer.name]], axis=0)
         whole[c.layer.name] = round(1e9 * times[0])
         ways[c.layer.name] = {
             form: np.interp(
@@ -133,21 +133,13 @@ def _spread(most: int) -> list[int]:
     return np.unique(np.geomspace(1, most, POINTS).round().astype(int)).tolist() if most else []
 
 
-@torch.no_grad()
-def _received(network: nn.Module, layers: list[Layer], images: Tensor) -> dict[str, list[Tensor]]:
+def _flows(network: nn.Module, layers: list[Candidate], images: Tensor) -> dict[str, list[Tensor]]:
     """What flows into each layer for ``images``, call by call."""
-    seen: dict[str, list[Tensor]] = {layer.name: [] for layer in layers}
-
-    def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda _, args: seen[name].append(args[0])
-
-    handles = [layer.module.register_forward_pre_hook(keep(layer.name)) for layer in layers]
-    try:
-        network.eval()(images)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return seen
+    name_of: dict[nn.Module, str] = {c.layer.module: c.layer.name for c in layers}
+    flows: dict[str, list[Tensor]] = {name: [] for name in name_of.values()}
+    for module, inputs in received(network, name_of, images):
+        flows[name_of[module]].append(inputs)
+    return flows
 
 
 Losses = dict[str, dict[str, np.ndarray]]

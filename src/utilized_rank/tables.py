@@ -321,6 +321,32 @@ def frontier_seeds(study: Study, store: Store) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
 
 
+def sheets(
+    study: Study, store: Store, record: dict[str, Any], all_steps: pd.DataFrame, best: str
+) -> dict[str, pd.DataFrame]:
+    """Every table of the report that has rows, by the name of its file.
+
+    Args:
+        study: its parameters.
+        store: its folders.
+        record: the provenance.
+        all_steps: as :func:`steps` gives them.
+        best: the method whose networks Table 2 has.
+    """
+    tuned = all_steps[(all_steps.form == "fine-tuned") & (all_steps.method == best)]
+    made = {
+        "table1-utilization": utilization(study, store),
+        "repeats": repeats(study, store, tuned),
+        "table2-compression": compression(all_steps, best),
+        "table3-training": by_training(study, store),
+        "table4-methods": methods(all_steps),
+        "table5-settings": settings(study, store, record),
+        "table6-frontier": frontier(study, store),
+        "frontier-seeds": frontier_seeds(study, store),
+    }
+    return {name: sheet for name, sheet in made.items() if len(sheet)}
+
+
 def summary(study: Study, store: Store, tuned: pd.DataFrame) -> dict[str, Any]:
     """The headline numbers of every run: accuracy, MLU, and what is kept and lost after fine-tuning."""
     runs = {}

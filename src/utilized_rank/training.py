@@ -208,12 +208,12 @@ def train_linear(
     The images are not augmented, so the features are computed once.
     """
     head = classifier(network)
-    split = Split(features(network, head, dataset.inputs("train")).clone(), dataset.labels("train"))
+    split = Split(features(network, head, dataset.inputs("train")), dataset.labels("train"))
 
     def loss(seen: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(head(seen), labels, label_smoothing=recipe.label_smoothing)
 
-    watch = _watch(head, dataset, features(network, head, dataset.inputs("search")).clone())
+    watch = _watch(head, dataset, features(network, head, dataset.inputs("search")))
     return fit(head.parameters(), loss, split, recipe, generator, precision, watch, title)
 
 
