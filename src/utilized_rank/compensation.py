@@ -152,7 +152,7 @@ class Compensation:
     """
 
     def __init__(
-        self, network: nn.Module, small: nn.Module, images: Batches, memory: int = 2048, batch_size: int = 128
+        self, network: nn.Module, small: nn.Module, images: Batches, memory: int = 2048, batch_size: int = 64
     ) -> None:
         batches = torch.arange(len(images)).split(batch_size)
         traced = Traced(network.eval())

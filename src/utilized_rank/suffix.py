@@ -17,6 +17,8 @@ from torch import Tensor, fx, nn
 from .cost import flops_of
 from .data import Batches
 
+FEW = 4
+"""Images that show whether a network can be run in parts."""
 Values = tuple[Any, ...]
 """The values of some nodes of the graph, for one batch of images."""
 
@@ -144,8 +146,7 @@ class Suffix:
         self.sources = frontier
         self.run = self.traced.between(frontier, [self.traced.logits()])
         self.__dict__.pop("share", None)
-        values = self.kept[0]
-        if values is not None and not self._repeats(values):
+        if not self._repeats(from_images):
             self._keep_nothing()
 
     @cached_property
@@ -180,14 +181,16 @@ class Suffix:
         self.sources, self.kept, self.run = [], [None] * len(self.batches), None
         self.__dict__.pop("share", None)
 
-    def _repeats(self, values: Values) -> bool:
-        """Whether running gives what the network gives, and leaves what was kept as it is.
+    def _repeats(self, from_images: fx.GraphModule) -> bool:
+        """Whether running gives what the network gives, and leaves what was kept as it is: seen on a few images.
 
         An operation in place could spoil it.
         """
+        few = self._first[:FEW]
+        values = from_images(few)
         before = [v.clone() for v in values if isinstance(v, Tensor)]
-        expected = cast(Tensor, self.traced.network(self._first))
-        same = torch.allclose(self.logits(0), expected, rtol=1e-4, atol=1e-4)
+        logits = cast(Callable[..., Values], self.run)(*values)[0]
+        same = torch.allclose(logits, cast(Tensor, self.traced.network(few)), rtol=1e-4, atol=1e-4)
         after = [v for v in values if isinstance(v, Tensor)]
         return same and all(torch.equal(old, new) for old, new in zip(before, after, strict=True))
 
