@@ -8,7 +8,7 @@ from utilized_rank import cost, decompose
 from utilized_rank.decompose import Decomposition
 from utilized_rank.evaluation import features, is_correct
 from utilized_rank.layers import Layer, countable
-from utilized_rank.lowrank import METHODS, Target, saves
+from utilized_rank.lowrank import METHODS, Channel, Target, saves
 from utilized_rank.moments import Moments, input_moments
 from utilized_rank.projection import bases, replaced
 from utilized_rank.subspaces import numerical_rank
@@ -56,7 +56,7 @@ def test_a_layer_is_in_two_exactly_where_that_saves_weights(decomposition, name,
     for target in whole.targets(1.0):
         layer = target.layer
         now = built.network.get_submodule(layer.name)
-        assert isinstance(now, nn.Sequential) == saves(layer, target.rank) == (layer.name in built.ranks)
+        assert isinstance(now, nn.Sequential) == saves(layer, "channel", target.rank) == (layer.name in built.forms)
         if isinstance(now, nn.Sequential):
             added = now[1].bias is not None and layer.module.bias is None
             saved += layer.groups * (layer.m * layer.n - target.rank * (layer.m + layer.n))
@@ -90,14 +90,14 @@ def timed(make, images, monkeypatch):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_with_images_a_layer_is_in_two_only_where_that_is_faster(timed, decomposition, method):
-    saving = decomposition("residual").build(method, 1.0).ranks
+    saving = decomposition("residual").build(method, 1.0).forms
     slow = {tuple(timed("residual", set())[0].network.conv2.weight.shape)}
     whole, calls = timed("residual", slow)
     built = whole.build(method, 1.0)
-    assert built.ranks == {name: form for name, form in saving.items() if name != "conv2"}
+    assert built.forms == {name: form for name, form in saving.items() if name != "conv2"}
     assert "conv2" in saving
     assert torch.equal(built.network.conv2.weight, whole.network.conv2.weight)
-    for name in built.ranks:
+    for name in built.forms:
         assert isinstance(built.network.get_submodule(name), nn.Sequential)
     assert [dense for dense, _ in calls] == [whole.network.get_submodule(name) for name in saving]
 
@@ -118,7 +118,7 @@ def test_where_nothing_is_faster_the_network_is_the_original(timed, images, meth
     slow = {tuple(layer.module.weight.shape) for layer in countable(network).layers}
     whole, _ = timed("residual", slow)
     built = whole.build(method, 1.0)
-    assert built.ranks == {}
+    assert built.forms == {}
     assert torch.equal(logits(built.network, images), logits(whole.network, images))
 
 
@@ -140,7 +140,7 @@ def test_as_many_dimensions_of_the_inputs_are_held_as_the_largest_rank_needs(dec
 def test_where_nothing_saves_the_network_is_the_original(decomposition, images, method):
     whole = decomposition("residual")
     built = whole.build(method, 0.0)
-    assert built.ranks == {}
+    assert built.forms == {}
     assert torch.equal(logits(built.network, images), logits(whole.network, images))
 
 
@@ -154,7 +154,7 @@ def test_a_layer_that_was_not_measured_stays_as_it_is(decomposition, make, image
     moments = input_moments(network, [x for x in countable(network).layers if x.name != left_out], [images])
     whole = Decomposition(network, found, moments)
     built = whole.build(method, 1.0)
-    assert built.ranks == {name: form for name, form in every.ranks.items() if name != left_out}
+    assert built.forms == {name: form for name, form in every.forms.items() if name != left_out}
     assert torch.equal(built.network.get_submodule(left_out).weight, network.get_submodule(left_out).weight)
     assert left_out not in {layer.name for layer in whole.projected_weights(1.0)}
     assert left_out not in set(whole.weight_ranks(1.0).layer)
@@ -167,7 +167,7 @@ def test_a_layer_that_was_not_measured_stays_as_it_is(decomposition, make, image
 def test_the_decomposed_network_computes_what_the_projected_weights_compute(decomposition, images, name):
     whole = decomposition(name)
     built = whole.build("projection", 1.0)
-    weights = {layer: w for layer, w in whole.projected_weights(1.0).items() if layer.name in built.ranks}
+    weights = {layer: w for layer, w in whole.projected_weights(1.0).items() if layer.name in built.forms}
     assert weights
     with replaced(weights):
         expected = logits(whole.network, images)
@@ -177,7 +177,7 @@ def test_the_decomposed_network_computes_what_the_projected_weights_compute(deco
 def test_a_shared_module_is_decomposed_under_all_its_names(decomposition, images):
     whole = decomposition("shared")
     built = whole.build("projection", 1.0)
-    weights = {layer: w for layer, w in whole.projected_weights(1.0).items() if layer.name in built.ranks}
+    weights = {layer: w for layer, w in whole.projected_weights(1.0).items() if layer.name in built.forms}
     with replaced(weights):
         expected = logits(whole.network, images)
     torch.testing.assert_close(logits(built.network, images), expected, rtol=0, atol=1e-4)
@@ -214,7 +214,7 @@ def test_the_optimum_is_nearer_to_the_network_than_the_others_at_one_layer(make,
     target = Target(layer, moments, *bases(layer, moments), 4, 4)
     error = {}
     for name, method in METHODS.items():
-        factors = method(target)
+        factors = Channel(method(target)).factors(4)
         error[name] = decompose.agreement(network, {layer: factors.matrix()}, images)
     assert error["optimal"] < error["svd"]
 

@@ -103,14 +103,14 @@ def test_a_librarys_network_is_measured_decomposed_tuned_and_reloaded(case, root
 
     whole = decompose.Decomposition(network, found.layers, found.moments)
     built = whole.build("optimal", 25.0)
-    assert built.ranks
+    assert built.forms
     assert cost.parameters(built.network) < cost.parameters(network)
     assert cost.flops(built.network, inputs[:1]) < cost.flops(network, inputs[:1])
     before = {name: tensor.clone() for name, tensor in built.network.state_dict().items()}
     generator = torch.Generator().manual_seed(0)
     curve = training.train_supervised(built.network, dataset, TUNE, generator, "float32", "tuned")
     assert np.isfinite(curve.loss).all()
-    pairs = [f"{name}.{i}.weight" for name in built.ranks for i in (0, 1)]
+    pairs = [f"{name}.{i}.weight" for name in built.forms for i in (0, 1)]
     assert not any(torch.equal(built.network.state_dict()[pair], before[pair]) for pair in pairs)
 
     decompose.save(built, tmp_path / "small.safetensors")

@@ -52,9 +52,10 @@ def test_the_disk_that_the_default_study_takes_was_planned(digits):
     sizes = [written(f"{stage}@{run}" if run else stage) for stage, run in digits.index]
     found = pd.Series(sizes, digits.index) / 2**20
     ratio = digits.disk / found
-    exact = ratio.drop(["decompose", "finetune"], level="stage")
+    exact = ratio.drop(["decompose", "finetune", "frontier"], level="stage")
     assert exact.between(0.9, 1.1).all(), exact
     assert ratio["decompose"].between(0.95, 20).all()
+    assert ratio["frontier"].between(0.95, 20).all()
     assert ratio["finetune"].between(0.95, 3).all()
     assert 0.5 < found.sum() / digits.disk.sum() < 2
 
@@ -252,7 +253,7 @@ def test_the_command_prints_the_plan_of_the_study_that_is_set_or_named(monkeypat
     for column in ("stage", "run", "images read", "forward passes", "peak memory, MiB", "disk, MiB"):
         assert column in head
     study = composed(words[1] if len(words) > 1 else "digits", ROOT)
-    assert len(rows) == 2 + len(study.pretrained) + 4 * len(study.runs)
+    assert len(rows) == 2 + len(study.pretrained) + 4 * len(study.runs) + len(study.frontier)
     assert len({len(row) for row in [head, *rows]}) == 1
 
 

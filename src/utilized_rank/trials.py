@@ -90,6 +90,7 @@ class Trials:
         self._right_before = [0, *accumulate(int(batch.sum()) for batch in right)]
         self._suffix = Suffix(Traced(network), inputs, order.split(batch_size), memory * 2**20)
         self._layer: Layer | None = None
+        self._share = 1.0
         self.correct = self._right_before[-1]
         """Images that the unaltered network classifies correctly."""
         self._trials: dict[tuple[str, int, int], Trial] = {}
@@ -122,7 +123,7 @@ class Trials:
                     self._look(trial)
                     verdict = self._verdict(trial, self.needed(epsilon), certified)
             seen = trial.images - known
-            forwards = seen / self.images * self._suffix.share
+            forwards = seen / self.images * self._share
             seconds = time.perf_counter() - began
             self.evaluations.append(
                 Evaluation(layer.name, epsilon, k_s, k_t, certified, seen, verdict, forwards, seconds)
@@ -147,6 +148,7 @@ class Trials:
             self._layer = layer
             with autocast(self.precision):
                 self._suffix.move_to(layer.name)
+                self._share = self._suffix.share
 
     @torch.inference_mode()
     def _look(self, trial: Trial) -> None:
