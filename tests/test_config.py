@@ -70,6 +70,15 @@ def test_a_way_of_choosing_ranks_has_a_name_and_a_frontier_its_defaults(paramete
         ({"vgg12": FRONTIER}, "frontier: there is no 'vgg12'; did you mean 'vgg11'?"),
         (with_ranks({"search": "independent", "epsilon": 3.25}), "a tolerance that measure.epsilons has not"),
         (with_ranks({"search": "joint"}), "search and epsilon belong together"),
+        (
+            with_ranks({"serach": "joint", "epsilon": 1.0}),
+            "unknown key frontier.vgg11.ranks.0.serach; did you mean 'search'?",
+        ),
+        (with_ranks({"search": "joint", "epsilon": 1.0, "weights": "projection"}), "which methods does not build"),
+        (
+            with_ranks({"search": "cumulative", "epsilon": 1.0, "weights": "projection"}),
+            "cumulative cuts one matrix at every rank",
+        ),
         (with_ranks({"epsilon": 1.0}), "search and epsilon belong together"),
         (with_ranks({}), "give either search and epsilon, or budget"),
         (with_ranks({"search": "joint", "epsilon": 1.0, "budget": {"params": 0.5}}), "give either search and epsilon"),

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from utilized_rank import cost, decompose, models, policies, training
-from utilized_rank.config import Finetune, Frontier, Model, Policy, StudyError, parse_study
+from utilized_rank.config import Augmentation, Finetune, Frontier, Model, Policy, StudyError, parse_study
 from utilized_rank.evaluation import is_correct, outputs
 from utilized_rank.figures import frontier as figures
 from utilized_rank.frontier import Compression, boundaries_table, choices_table, in_call_order, untrained
@@ -57,7 +57,11 @@ def compression(trained, dataset):
     def of(name: str, **how: object) -> Compression:
         network = trained[name].eval()
         layers = countable(network).layers
-        found = [{"layer": x.name, "epsilon": 5.0, "r": -(-x.width // 3)} for x in layers]
+        third = {x.name: -(-x.width // 3) for x in layers}
+        found = [
+            {"layer": x.name, "epsilon": 5.0, "k_s": third[x.name] + 1, "k_t": third[x.name], "r": third[x.name]}
+            for x in layers
+        ]
         moments = input_moments(network, layers, [dataset.inputs("train")[:]])
         return Compression(network, pd.DataFrame(found), moments, dataset, asked(**how))
 
@@ -133,6 +137,39 @@ def test_a_joint_search_is_certified_by_networks_that_were_really_built(compress
         assert (is_correct(small, inputs, labels).mean() >= needed - 1e-9) == verdict
     below = steps.index(found.budget) - 1
     assert below < 0 or found.tried[steps[below]] is False
+    small = made.build("optimal", found.choices).network
+    assert is_correct(small, inputs, labels).mean() >= needed - 1e-9
+    assert made.budgets("params").cost(found.choices) <= found.budget
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_no_cumulative_network_is_smaller_than_the_joint_one(compression, name):
+    made = compression(name)
+    cost_of = made.budgets("params").cost
+    joint = made.choices(Policy(search="joint", epsilon=5.0))
+    cumulative = made.choices(Policy(search="cumulative", epsilon=5.0))
+    assert cost_of(joint) <= cost_of(cumulative)
+    (found,) = made.boundaries.values()
+    assert (found.cumulative == cost_of(joint)) == (joint == cumulative)
+
+
+def test_the_paper_s_projection_is_at_the_dimensions_that_were_found(compression, dataset):
+    """As the study's own decomposition has it, where every layer takes the channel form."""
+    made = compression("vit")
+    policy = Policy(search="independent", epsilon=5.0)
+    assert set(made.dimensions(policy).values()) > {(9, 8)}
+    assert made.dimensions(Policy(budget={"params": 0.5})) == {}
+    small = made.build("projection", made.choices(policy), made.dimensions(policy)).network
+    expected = decompose.Decomposition(made.network, made.ranks, made.moments).build("projection", 5.0).network
+    torch.testing.assert_close(
+        outputs(small, dataset.inputs("test")), outputs(expected, dataset.inputs("test")), rtol=0, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("search", ["joint", "cumulative"])
+def test_a_tolerance_finer_than_one_search_image_is_refused(compression, search):
+    with pytest.raises(StudyError, match=rf"the frontier's {search}-0\.01 has 0\.01 points, but one of the"):
+        compression("resnet20").choices(Policy(search=search, epsilon=0.01))
 
 
 def test_where_nothing_before_a_layer_was_replaced_compensated_weights_are_the_optimum(compression, dataset):
@@ -210,6 +247,27 @@ def test_of_several_learning_rates_the_best_on_the_search_split_is_taken(trained
     assert best.curve.equals(alone[1e-2].curve)
 
 
+def test_a_learning_rate_whose_loss_does_not_stay_finite_is_out_unless_there_is_no_other(trained, dataset, parameters):
+    network = trained["resnet20"]
+    (alone,) = tuned(network, dataset, parameters, optimizer="sgd")
+    (found,) = tuned(network, dataset, parameters, optimizer="sgd", lrs=[1e30])
+    assert (found.lr, found.curve.equals(alone.curve)) == (alone.lr, True)
+    with pytest.raises(FloatingPointError, match="smaller lr"):
+        tuned(network, dataset, parameters, optimizer="sgd", lr=1e30)
+
+
+def test_statistics_are_those_of_the_training_images_as_they_flow_through(trained, dataset):
+    network = trained["resnet20"].eval()
+    before = copy.deepcopy(network.state_dict())
+    other = training.with_statistics(network, dataset, 10_000, Augmentation(), torch.Generator())
+    norm = next(m for m in other.modules() if isinstance(m, nn.BatchNorm2d))
+    count = len(dataset.splits["train"])
+    seen = network.conv1(dataset.inputs("train")[: count if count < 256 else count // 256 * 256])
+    torch.testing.assert_close(norm.running_mean, seen.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    assert not other.training
+
+
 def test_seeds_differ_and_the_first_is_that_of_one_seed_alone(trained, dataset, parameters):
     network = trained["resnet20"]
     before = copy.deepcopy(network.state_dict())
@@ -285,7 +343,7 @@ def results() -> pd.DataFrame:
 
 
 def test_the_frontier_has_a_mark_for_every_network_of_the_first_seed_at_its_cost():
-    others = figures.published("resnet20", "CIFAR10")
+    others = figures.published(Model(architecture="resnet20"), "CIFAR10")
     table = results()
     figure = figures.frontier(table, "ResNet-20", others)
     shown = table[(table.form != "original") & (table.seed.fillna(0) == 0)]
@@ -302,7 +360,8 @@ def test_the_frontier_has_a_mark_for_every_network_of_the_first_seed_at_its_cost
 
 
 def test_published_figures_are_of_the_same_network_and_images_only():
-    assert len(figures.published("resnet20", "CIFAR10")) > 5
-    assert figures.published("resnet20", "digits").empty
-    assert figures.published("vgg11", "CIFAR10").empty
-    assert figures.published("resnet20", "CIFAR10").source.notna().all()
+    assert len(figures.published(Model(architecture="resnet20"), "CIFAR10")) > 5
+    assert figures.published(Model(architecture="resnet20"), "digits").empty
+    assert figures.published(Model(architecture="vgg11"), "CIFAR10").empty
+    assert figures.published(Model(architecture="resnet20", width=0.5), "CIFAR10").empty
+    assert figures.published(Model(architecture="resnet20"), "CIFAR10").source.notna().all()

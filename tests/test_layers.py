@@ -43,6 +43,23 @@ def test_widths_are_those_of_a_group(convolution):
     assert layer.weight().shape == (layer.groups, layer.m, layer.n)
 
 
+class Padding(nn.Conv2d):
+    """Pads by itself, as timm's Conv2dSame does."""
+
+    def forward(self, x):
+        return super().forward(nn.functional.pad(x, (0, 1, 0, 1)))
+
+
+class Named(nn.Linear):
+    """Computes what its class does."""
+
+
+def test_what_computes_something_else_than_its_class_is_left_out_and_says_so():
+    found = countable(nn.Sequential(Padding(3, 4, 3), nn.Flatten(), Named(8, 2)))
+    assert [layer.name for layer in found.layers] == ["2"]
+    assert found.left_out == {"0": "Padding: computes something else than its class of torch.nn"}
+
+
 def test_a_weight_goes_out_as_a_matrix_and_comes_back(convolution):
     convolution.to(memory_format=torch.channels_last)
     layer = Layer("conv", convolution)

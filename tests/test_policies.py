@@ -248,31 +248,30 @@ def test_divergence_losses_are_measured_with_the_layer_replaced(make, images, na
     layers = [layers[0], layers[len(layers) // 2], layers[-1]]
     losses = divergence_losses(network, layers, images, MEMORY)
     for c in layers:
-        most, of_ranks = c.saving("channel"), losses[c.layer.name]["channel"]
-        if not most:
-            continue
-        ranks = np.unique(np.geomspace(1, most, policies.POINTS).round().astype(int))
-        direct = []
-        for rank in ranks.tolist():
-            small = copy.deepcopy(network)
-            substitute(small, {c.layer.name: factorized(c.layer, c.cuts["channel"].factors(rank))})
-            direct.append(divergence(network, small, images))
-        expected = np.maximum.accumulate(direct[::-1])[::-1]
-        assert of_ranks[ranks - 1] == pytest.approx(expected, rel=1e-3, abs=1e-6)
-        for form, its in losses[c.layer.name].items():
-            its = its[: c.saving(form)]
-            assert bool((np.diff(its) <= 1e-9).all())
-            assert bool((its <= expected[0] + 1e-6).all())
+        for form, cut in c.cuts.items():
+            most, of_ranks = c.saving(form), losses[c.layer.name][form]
+            if not most:
+                continue
+            ranks = np.unique(np.geomspace(1, most, policies.POINTS).round().astype(int))
+            direct = []
+            for rank in ranks.tolist():
+                small = copy.deepcopy(network)
+                substitute(small, {c.layer.name: factorized(c.layer, cut.factors(rank))})
+                direct.append(divergence(network, small, images))
+            expected = np.maximum.accumulate(direct[::-1])[::-1]
+            assert of_ranks[ranks - 1] == pytest.approx(expected, rel=1e-3, abs=1e-6)
+            assert bool((np.diff(of_ranks[:most]) <= 1e-9).all())
 
 
-def test_the_divergence_of_another_form_is_that_of_as_much_lost_variance(make, images):
-    """Losses of both forms are one function of the part of the variance that is lost."""
+@pytest.mark.parametrize("kind", ["params", "flops"])
+def test_what_choices_cost_is_what_the_network_that_is_built_costs(make, images, kind):
     network = make("residual")
-    layers = candidates_of(network, images)[:1]
-    (energy,), (found,) = ([of(network, layers, images, MEMORY)["stem"]] for of in (energy_losses, divergence_losses))
-    lost = np.concatenate([energy[form] for form in FORMS])
-    divergences = np.concatenate([found[form] for form in FORMS])
-    assert bool((np.diff(divergences[np.argsort(lost)]) >= -1e-12).all())
+    layers, costs, losses = budgets_of(network, images, kind)
+    budgets = Budgets(layers, costs, losses)
+    count = cost.parameters if kind == "params" else lambda n: cost.flops(n, images[:1])
+    for part in (0.4, 0.7, 1.0):
+        choices = budgets.within(int(part * budgets.network))
+        assert budgets.cost(choices) == count(built(network, layers, choices))
 
 
 def test_losses_are_of_the_unaltered_network(make, images):

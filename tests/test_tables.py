@@ -229,6 +229,24 @@ def test_the_summary_is_the_headline_numbers_with_labels_and_intervals(studied, 
                 }
                 for epsilon, row in made.items()
             },
+        } | ({"frontier": summary[key]["frontier"]} if key in study.frontier else {})
+
+
+def test_the_summary_of_a_run_with_a_frontier_has_every_network_of_it(studied, tuned):
+    study, store = studied
+    found = tables.summary(study, store, tuned)["vgg11"]["frontier"]
+    made = tables.rows(store, "frontier", "vgg11")
+    first = made[(made.form != "original") & (made.seed.isna() | (made.seed == 0))]
+    assert {(m, r, f) for m, its in found.items() for r, steps in its.items() for f in steps} == set(
+        first[["method", "ranks", "form"]].itertuples(index=False, name=None)
+    )
+    for row in first.itertuples():
+        assert found[row.method][row.ranks][row.form] == {
+            "parameters_kept": row.parameters / made.parameters[0],
+            "flops_kept": row.flops / made.flops[0],
+            "change": row.change,
+            "change_low": row.change_low,
+            "change_high": row.change_high,
         }
 
 

@@ -73,8 +73,7 @@ class Pairs:
         weight = self.layer.weight().double()
         outputs = lacking + (mean.unsqueeze(1) @ weight).squeeze(1)
         amount = ridge * centred.diagonal(0, 1, 2).mean(-1)[:, None, None]
-        if not bool(amount.all()):  # nothing varies in some group: nothing to fit
-            return Fit(self.layer, weight, centred, mean, outputs)
+        amount = torch.where(amount > 0, amount, 1.0)  # where nothing varies there is nothing to fit, and W stays
         identity = torch.eye(self.layer.m, dtype=torch.float64)
         matrix = weight + torch.linalg.solve(centred + amount * identity, cross)
         return Fit(self.layer, matrix, centred, mean, outputs)

@@ -281,6 +281,8 @@ class Policy(Section):
             raise ValueError("search and epsilon belong together")
         if (self.search is None) == (self.budget is None):
             raise ValueError("give either search and epsilon, or budget")
+        if self.search == "cumulative" and self.weights == "projection":
+            raise ValueError("cumulative cuts one matrix at every rank, and P_S W P_T is another at each")
         if self.budget is not None and len(self.budget) != 1:
             raise ValueError(f"a budget is of one kind, not of {len(self.budget)}")
         return self
@@ -355,6 +357,8 @@ class Frontier(Section):
         for policy in self.ranks:
             if missing := sorted(set(policy.finetuned) - set(self.methods)):
                 raise ValueError(f"ranks {policy.name}: finetuned names {missing}, which methods does not build")
+            if policy.search in ("cumulative", "joint") and policy.weights not in self.methods:
+                raise ValueError(f"ranks {policy.name}: weights is {policy.weights}, which methods does not build")
         names = [policy.name for policy in self.ranks]
         for name in sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"ranks has {name} {names.count(name)} times")
@@ -559,6 +563,6 @@ def _section_at(location: list[str | int]) -> type[Section]:
         candidates = [annotation, *getattr(annotation, "__args__", ())]
         found = [c for c in candidates if isinstance(c, type) and issubclass(c, Section)]
         section = found[0] if found else section
-        if getattr(annotation, "__origin__", None) is dict:
-            next(parts, None)  # a user's own name, as in runs.NAME
+        if getattr(annotation, "__origin__", None) in (dict, list):
+            next(parts, None)  # a user's own name, as in runs.NAME, or a place
     return section

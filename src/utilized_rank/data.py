@@ -94,7 +94,7 @@ Batches = Tensor | Inputs
 """Normalised images, (N, C, H, W), at hand or made when they are asked for."""
 
 
-def check_resolution(images: int, epsilons: list[float]) -> None:
+def check_resolution(images: int, epsilons: list[float], where: str = "measure.epsilons") -> None:
     """Refuse an epsilon finer than one image of the search split: it could only measure noise.
 
     Raises:
@@ -104,7 +104,7 @@ def check_resolution(images: int, epsilons: list[float]) -> None:
     for epsilon in epsilons:
         if 0 < epsilon < finest:
             raise config.StudyError(
-                f"measure.epsilons has {epsilon:g} points, but one of the {images} search images is worth "
+                f"{where} has {epsilon:g} points, but one of the {images} search images is worth "
                 f"{finest:.2g} points: use 0 or at least that, or enlarge data.search"
             )
 

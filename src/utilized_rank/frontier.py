@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -15,7 +16,7 @@ from . import config, models
 from .attention import explicit
 from .compensation import Compensation
 from .config import Policy
-from .data import Dataset
+from .data import Dataset, check_resolution
 from .decompose import Decomposed
 from .evaluation import is_correct, received
 from .layers import Layer, countable
@@ -83,33 +84,50 @@ class Compression:
         self.layers = {layer.name: layer for layer in in_call_order(network, found, self.images[:1])}
         self.boundaries: dict[str, Joint] = {}
         """What joint searches found, by the name of the policy."""
+        self._known: dict[str, Costs] = {}
+        self._budgets: dict[str, Budgets] = {}
+        self._spent: dict[tuple[str, float], Choices] = {}
 
     def choices(self, policy: Policy) -> Choices:
         """The form and rank of each layer that ``policy`` puts in two.
 
         Raises:
-            StudyError: a budget that not even the smallest network keeps.
+            StudyError: a budget that not even the smallest network keeps, or a tolerance finer than one image.
         """
         if policy.budget is not None:
             budgets = self.budgets(policy.kind)
             return budgets.within(int(policy.amount * budgets.network))
         if policy.search == "independent":
-            at = self.ranks[self.ranks.epsilon == policy.amount].set_index("layer")
-            ranks = {n: max(1, min(int(at.r[n]), layer.width)) for n, layer in self.layers.items()}
+            found = self._found(policy)
+            ranks = {n: max(1, min(int(found.r[n]), layer.width)) for n, layer in self.layers.items()}
             return independent(ranks, self._candidates, self._costs("flops"))
+        where = f"the frontier's {policy.name}"
+        check_resolution(len(self.dataset.labels("search")), [policy.amount], where)
         if policy.search == "cumulative":
-            return self._cumulative(policy.weights, policy.amount)
+            return self.cumulative(policy.weights, policy.amount)
         self.boundaries[policy.name] = self.joint(policy.weights, policy.amount)
         return self.boundaries[policy.name].choices
 
+    def dimensions(self, policy: Policy) -> dict[str, tuple[int, int]]:
+        """k_S and k_T of P_S W P_T, where ``policy`` says more of them than the rank."""
+        if policy.search != "independent":
+            return {}
+        found = self._found(policy)
+        return {name: (int(found.k_s[name]), int(found.k_t[name])) for name in self.layers}
+
+    def _found(self, policy: Policy) -> pd.DataFrame:
+        return self.ranks[self.ranks.epsilon == policy.amount].set_index("layer")
+
     def budgets(self, kind: str) -> Budgets:
         """The best choices for every budget of one kind (see ``policies.COSTS``)."""
-        return Budgets(self._candidates, self._costs(kind), self._losses)
+        if kind not in self._budgets:
+            self._budgets[kind] = Budgets(self._candidates, self._costs(kind), self._losses)
+        return self._budgets[kind]
 
     def joint(self, method: str, epsilon: float) -> Joint:
         """The smallest network by ``method`` within ``epsilon`` points on the search split, all layers replaced.
 
-        The losses of single layers say which networks are tried, from the smallest to the whole one.
+        Of those on the path of all budgets of parameters, and of the one that a cumulative search finds.
         """
         inputs, labels = self.dataset.inputs("search"), self.dataset.labels("search")
         needed = int(is_correct(self.network, inputs, labels).sum()) - epsilon / 100 * len(labels) - 1e-9
@@ -117,41 +135,59 @@ class Compression:
         def passes(choices: Choices) -> bool:
             return int(is_correct(self.build(method, choices).network, inputs, labels).sum()) >= needed
 
-        return joint(self.budgets("params"), passes)
+        budgets = self.budgets("params")
+        found = joint(budgets, passes)
+        if method == "projection":  # which a cumulative search cannot cut
+            return found
+        other = self.cumulative(method, epsilon)
+        if budgets.cost(other) < budgets.cost(found.choices) and passes(other):
+            return replace(found, choices=other, cumulative=budgets.cost(other))
+        return found
 
-    def build(self, method: str, choices: Choices) -> Decomposed:
+    def build(self, method: str, choices: Choices, dimensions: dict[str, tuple[int, int]] | None = None) -> Decomposed:
         """A copy of the network with layers in two, with the weights of ``method``.
 
         Args:
             method: one of ``config.Method``.
             choices: the form and rank of each layer that is put in two.
+            dimensions: k_S and k_T of P_S W P_T; of a layer that is not in it both are its rank.
         """
 
         def cut(fit: Fit) -> Factors:
             form, rank = choices[fit.layer.name]
             return FORMS[form](fit).factors(rank)
 
-        ranks = {name: rank for name, (_, rank) in choices.items()}
-        return self._in_turn(copy.deepcopy(self.network), method, ranks, cut)
+        held = {name: (rank, rank) for name, (_, rank) in choices.items()} | (dimensions or {})
+        return self._in_turn(copy.deepcopy(self.network), method, {name: held[name] for name in choices}, cut)
 
-    def _cumulative(self, method: str, epsilon: float) -> Choices:
+    def cumulative(self, method: str, epsilon: float) -> Choices:
+        """Ranks that spend ``epsilon`` points on the search split front to back, with the weights of ``method``."""
+        if (method, epsilon) not in self._spent:
+            self._spent[method, epsilon] = self._spend(method, epsilon)
+        return self._spent[method, epsilon]
+
+    def _spend(self, method: str, epsilon: float) -> Choices:
         inputs, labels = self.dataset.inputs("search"), self.dataset.labels("search")
         small = copy.deepcopy(self.network)
         layers, flops = list(self.layers.values()), self._costs("flops")
         search = Cumulative(small, layers, list(self.parameters.forms), flops, inputs, labels, epsilon, self.memory)
-        whole = {layer.name: layer.width for layer in layers}
+        whole = {layer.name: (layer.m, layer.n) for layer in layers}
         made = self._in_turn(small, method, whole, search.choose)
         return {name: (form, rank) for name, (form, rank, _) in made.forms.items()}
 
     def _in_turn(
-        self, small: nn.Module, method: str, ranks: dict[str, int], choose: Callable[[Fit], Factors | None]
+        self,
+        small: nn.Module,
+        method: str,
+        dimensions: dict[str, tuple[int, int]],
+        choose: Callable[[Fit], Factors | None],
     ) -> Decomposed:
         """Replace layers of ``small``, a copy of the network, in the order of calls.
 
         Args:
             small: changed in place.
             method: of the fits.
-            ranks: of the layers that may be replaced: what W' = P_S W P_T is projected on.
+            dimensions: k_S and k_T, of the layers that may be replaced.
             choose: what replaces a layer; None where it stays whole.
         """
         compensation = Compensation(self.network, small, self.images, self.memory)
@@ -159,20 +195,21 @@ class Compression:
             "compensated": compensation.fit,
             "optimal": self._outputs_kept,
             "svd": weight_kept,
-            "projection": lambda layer: projection(self._target(layer, ranks[layer.name])),
+            "projection": lambda layer: projection(self._target(layer, *dimensions[layer.name])),
         }[method]
         forms = {}
         for name, layer in self.layers.items():
-            factors = choose(fit(layer)) if name in ranks else None
+            factors = choose(fit(layer)) if name in dimensions else None
             if factors is not None:
                 two = factorized(layer, factors).eval()
                 substitute(small, {name: two})
                 forms[name] = form_of(two, factors)
         return Decomposed(small, forms)
 
-    def _target(self, layer: Layer, rank: int) -> Target:
-        k_s, k_t = min(rank, layer.m), min(rank, layer.n)
-        return Target(layer, self.moments[layer.name], *bases(layer, self.moments[layer.name], k_s), k_s, k_t)
+    def _target(self, layer: Layer, k_s: int, k_t: int) -> Target:
+        its = self.moments[layer.name]
+        k_s, k_t = min(k_s, layer.m), min(k_t, layer.n)
+        return Target(layer, its, *bases(layer, its, k_s if k_s < layer.m else 1), k_s, k_t)
 
     @cached_property
     def _candidates(self) -> list[Candidate]:
@@ -187,15 +224,11 @@ class Compression:
         images = self.dataset.inputs("train", self.parameters.loss_images)
         return LOSSES[self.parameters.losses](self.network, self._candidates, images, self.memory)
 
-    @cached_property
-    def _found(self) -> dict[str, Costs]:
-        return {}
-
     def _costs(self, kind: str) -> Costs:
-        if kind not in self._found:
+        if kind not in self._known:
             images = self.images[: self.parameters.latency_images]
-            self._found[kind] = COSTS[kind](self.network, self._candidates, images)
-        return self._found[kind]
+            self._known[kind] = COSTS[kind](self.network, self._candidates, images)
+        return self._known[kind]
 
 
 def untrained(
@@ -222,13 +255,14 @@ def in_call_order(network: nn.Module, layers: list[Layer], image: torch.Tensor) 
 
 
 def boundaries_table(boundaries: dict[str, Joint], parameters: int) -> pd.DataFrame:
-    """Every network that a joint search tried: ranks, budget (parameters), kept (a part of all), passes."""
+    """Every network that a joint search tried: ranks, path, budget (parameters), kept (a part of all), passes."""
     rows = [
-        {"ranks": name, "budget": budget, "kept": budget / parameters, "passes": passes}
+        {"ranks": name, "path": path, "budget": budget, "kept": budget / parameters, "passes": passes}
         for name, found in boundaries.items()
-        for budget, passes in sorted(found.tried.items())
+        for path, tried in (("budgets", found.tried), ("cumulative", {found.cumulative: True}))
+        for budget, passes in sorted((b, p) for b, p in tried.items() if b is not None)
     ]
-    return pd.DataFrame(rows, columns=["ranks", "budget", "kept", "passes"])
+    return pd.DataFrame(rows, columns=["ranks", "path", "budget", "kept", "passes"])
 
 
 def choices_table(choices: dict[str, Choices], layers: dict[str, Layer]) -> pd.DataFrame:

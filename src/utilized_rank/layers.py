@@ -110,7 +110,7 @@ def countable(network: nn.Module) -> Selection:
 
     Depthwise convolutions are left out: with one input channel and one output channel a group,
     their rank is 1 by construction and says nothing about the data. So is the inside of
-    ``nn.MultiheadAttention``, which never calls its projections as modules.
+    ``nn.MultiheadAttention``, which never calls its projections as modules, and what has a forward of its own.
     """
     layers: list[Layer] = []
     left_out: dict[str, str] = {}
@@ -128,7 +128,10 @@ def countable(network: nn.Module) -> Selection:
         elif isinstance(module, nn.Conv2d) and 1 < module.groups == module.in_channels == module.out_channels:
             left_out[name] = "depthwise convolution: one channel a group"
         elif isinstance(module, Weighted):
-            layers.append(Layer(name, module))
+            if type(module).forward in (nn.Linear.forward, nn.Conv2d.forward):
+                layers.append(Layer(name, module))
+            else:  # timm's Conv2dSame pads by itself, its StdConv2d standardises the weight
+                left_out[name] = f"{type(module).__name__}: computes something else than its class of torch.nn"
         elif isinstance(module, nn.modules.conv._ConvNd):
             left_out[name] = f"{type(module).__name__}: only two-dimensional convolutions are measured"
     return Selection(layers, left_out)

@@ -159,7 +159,7 @@ class Spatial:
         side_by_side = fit.matrix[0].reshape(channels * down, across * n)
         by_column = moment.reshape(channels * down, across, channels * down, across)
         shared = by_column.diagonal(dim1=1, dim2=3).mean(-1)
-        most = max(1, min(_largest_saving(fit.layer, "spatial"), *side_by_side.shape))
+        most = max(1, min(largest_saving(fit.layer, "spatial"), *side_by_side.shape))
         top = principal(output_moment(shared, side_by_side)).top(most)
         self.down = side_by_side @ top  # (C k_h, r)
         self.down = self.down / self.down.norm(dim=0).clamp_min(1e-300)
@@ -222,7 +222,8 @@ def saves(layer: Layer, form: str, rank: int) -> bool:
     return rank * weights_a_rank(layer, form) < layer.groups * layer.m * layer.n
 
 
-def _largest_saving(layer: Layer, form: str) -> int:
+def largest_saving(layer: Layer, form: str) -> int:
+    """The largest rank that :func:`saves`; 0 where none does."""
     return (layer.groups * layer.m * layer.n - 1) // weights_a_rank(layer, form)
 
 

@@ -24,7 +24,7 @@ BACKWARD = 3
 """A training step over a forward pass, by FLOPs."""
 PROCESS = 900
 """MiB of a process with torch and timm."""
-LOSSES = 8
+LOSSES = 12
 """Looks at each layer to measure what a budget loses by it, from that layer on."""
 MIB = 2**20
 
@@ -189,12 +189,14 @@ def _frontier(asked: Frontier, most: int, of: Shape, scale: Scale) -> Need:
         + min(asked.loss_images, scale.train) * LOSSES * of.layers / 2
         + epochs * scale.search
         + sum(copies for _, copies in trained) * scale.test
+        + networks * min(asked.statistics, scale.train)
     )
     steps = epochs * scale.train
+    taught = sum(recipe.epochs * copies for recipe, copies in trained if recipe.distillation) * scale.train
     frontier = min(most, max(scale.search, 2 * images) * of.widest / MIB)
     memory = frontier + (3 * of.moments + networks * 4 * of.parameters) / MIB + scale.optimised(asked.finetune, of)
     disk = 4 * of.parameters * (networks + len(trained)) / MIB
-    return Need(steps + watched, BACKWARD * steps + watched, memory, disk)
+    return Need(steps + watched, BACKWARD * steps + taught + watched, memory, disk)
 
 
 def _made(asked: Frontier, layers: int, images: int, search: int) -> float:

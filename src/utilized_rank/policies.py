@@ -17,7 +17,7 @@ from .config import StudyError
 from .data import Batches
 from .evaluation import outputs, received
 from .layers import Layer, Weighted
-from .lowrank import FORMS, Cut, Factors, Fit, bias_of, forms_of, pair, saves, weights_a_rank
+from .lowrank import FORMS, Cut, Factors, Fit, bias_of, forms_of, largest_saving, pair, saves, weights_a_rank
 from .projection import replaced
 from .rank_search import smallest
 from .suffix import Suffix, Traced
@@ -43,8 +43,7 @@ class Candidate:
 
     def saving(self, form: str) -> int:
         """The largest rank at which a form holds fewer weights than the layer; 0 where none does."""
-        most = len(self.cuts[form].errors) - 1
-        return max((r for r in range(1, most + 1) if saves(self.layer, form, r)), default=0)
+        return min(len(self.cuts[form].errors) - 1, largest_saving(self.layer, form))
 
     def module(self, form: str, rank: int) -> nn.Sequential:
         """Two layers of this form and rank, with random weights and a bias."""
@@ -155,8 +154,8 @@ def energy_losses(network: nn.Module, layers: list[Candidate], images: Batches, 
 def divergence_losses(network: nn.Module, layers: list[Candidate], images: Batches, memory: int) -> Losses:
     """The mean Kullback-Leibler divergence of the network's predictions, in nats, with one layer cut.
 
-    Measured in the channel form at a few ranks, and from the lost part of the outputs' variance, on a double
-    logarithmic scale, in between and for the other form.
+    Measured in each form at a few ranks, and in between from the lost part of the outputs' variance, on a double
+    logarithmic scale.
 
     Args:
         network: of the layers.
@@ -168,17 +167,19 @@ def divergence_losses(network: nn.Module, layers: list[Candidate], images: Batch
     before = outputs(network, images, 128).log_softmax(1)
     losses: Losses = {}
     for candidate in layers:
-        layer, cut = candidate.layer, candidate.cuts["channel"]
-        lost, found = [], []
+        layer = candidate.layer
         suffix.move_to(layer.name)
-        for rank in _spread(candidate.saving("channel")):
-            with _cut(layer, cut.factors(rank)):
+
+        def divergence(factors: Factors, layer: Layer = layer) -> float:
+            with _cut(layer, factors):
                 after = torch.cat([suffix.logits(i) for i in range(len(suffix.batches))]).float().log_softmax(1)
-            found.append(float((before.exp() * (before - after)).sum(1).mean()))
-            lost.append(float(_relative(cut)[rank]))
-        losses[layer.name] = {
-            form: _interpolated(_relative(other)[1:], lost, found) for form, other in candidate.cuts.items()
-        }
+            return float((before.exp() * (before - after)).sum(1).mean())
+
+        losses[layer.name] = {}
+        for form, cut in candidate.cuts.items():
+            ranks = _spread(candidate.saving(form))
+            lost, found = _relative(cut), [divergence(cut.factors(rank)) for rank in ranks]
+            losses[layer.name][form] = _interpolated(lost[1:], lost[ranks].tolist(), found)
     return losses
 
 
@@ -218,6 +219,7 @@ class Budgets:
         self.network = max(costs.network, sum(costs.layers.values()))
         """What the whole network costs."""
         self._fixed = self.network - sum(costs.layers.values())
+        self._costs = costs
         self._layers = layers
         self._ways = [[None, *_ways(candidate)] for candidate in layers]
         options = [_options(c, ways, costs, losses) for c, ways in zip(layers, self._ways, strict=True)]
@@ -238,6 +240,12 @@ class Budgets:
         chosen = self._allocation.within(amount - self._fixed)
         named = zip(self._layers, self._ways, chosen, strict=True)
         return {c.layer.name: way for c, ways, k in named if (way := ways[k]) is not None}
+
+    def cost(self, choices: Choices) -> int:
+        """What the whole network costs with these choices."""
+        ways = self._costs.ways
+        saved = (self._costs.layers[name] - int(ways[name][form][rank - 1]) for name, (form, rank) in choices.items())
+        return self.network - sum(saved)
 
     def steps(self) -> list[int]:
         """Budgets from the smallest network to the whole one, :data:`STEPS` of them and one."""
@@ -268,6 +276,8 @@ class Joint:
     """The smallest of :meth:`Budgets.steps` that passed."""
     tried: dict[int, bool]
     """Budgets and their verdicts: the step below :attr:`budget` failed, unless there is none."""
+    cumulative: int | None = None
+    """What :attr:`choices` cost where they are those of a cumulative search, which passed and cost less."""
 
 
 def joint(budgets: Budgets, passes: Callable[[Choices], bool]) -> Joint:

@@ -124,11 +124,8 @@ def latencies(study: Study, store: Store) -> pd.DataFrame:
     One row a network, choice of ranks and method, from the timings of ``decompose`` and ``frontier``; empty where
     they are not there.
     """
-    timings = [
-        (store.data("timings", f"{name}-{key}.csv"), run)
-        for key, run in study.runs.items()
-        for name in ("latencies", "frontier")
-    ]
+    timings = [(store.data("timings", f"latencies-{key}.csv"), run) for key, run in study.runs.items()]
+    timings += [(store.data("timings", f"frontier-{key}.csv"), study.runs[key]) for key in study.frontier]
     parts = []
     for path, run in timings:
         if path.is_file():
@@ -301,9 +298,9 @@ def frontier(study: Study, store: Store) -> pd.DataFrame:
 def frontier_seeds(study: Study, store: Store) -> pd.DataFrame:
     """Mean and standard deviation, over random numbers, of the change after fine-tuning: one row a network."""
     parts = []
-    for key, asked in study.frontier.items():
-        if asked.finetune.seeds > 1:
-            made = rows(store, "frontier", key)
+    for key in study.frontier:
+        made = rows(store, "frontier", key)
+        if made.seed.max() > 0:
             change = made[made.form == "fine-tuned"].groupby(["ranks", "method"], sort=False).change
             table = change.agg(["count", "mean", "std"]).reset_index()
             parts.append(
@@ -348,19 +345,13 @@ def sheets(
 
 
 def summary(study: Study, store: Store, tuned: pd.DataFrame) -> dict[str, Any]:
-    """The headline numbers of every run: accuracy, MLU, and what is kept and lost after fine-tuning."""
-    runs = {}
+    """The headline numbers of every run: accuracy, MLU, and what is kept and lost after fine-tuning.
+
+    Of a run that has a frontier, too: by weights, choice of ranks and step, of the first seed.
+    """
+    runs: dict[str, Any] = {}
     for key in study.runs:
-        compressed = {
-            f"{row.epsilon:g}": {
-                "parameters_kept": row.parameters_kept,
-                "flops_kept": row.flops_kept,
-                "change": row.change,
-                "change_low": row.change_low,
-                "change_high": row.change_high,
-            }
-            for row in tuned[tuned.run == key].itertuples()
-        }
+        compressed = {f"{row.epsilon:g}": _kept_and_lost(row) for row in tuned[tuned.run == key].itertuples()}
         runs[key] = {
             "label": study.runs[key].label,
             "training": training_name(study, study.runs[key]),
@@ -369,7 +360,22 @@ def summary(study: Study, store: Store, tuned: pd.DataFrame) -> dict[str, Any]:
             "mlu": result(store, "measure", key)["mlu"],
             "finetuned": compressed,
         }
+    for key in study.frontier:
+        made = rows(store, "frontier", key)
+        whole = made[made.form == "original"].iloc[0]
+        kept = {"parameters_kept": made.parameters / whole.parameters, "flops_kept": made.flops / whole.flops}
+        made = made.assign(**kept)[(made.seed.fillna(0) == 0) & (made.form != "original")]
+        of: dict[str, dict[str, Any]] = {method: {} for method in made.method.unique()}
+        for row in made.itertuples():
+            of[row.method].setdefault(row.ranks, {})[row.form] = _kept_and_lost(row)
+        runs[key]["frontier"] = of
     return runs
+
+
+def _kept_and_lost(row: Any) -> dict[str, float]:
+    return {
+        name: getattr(row, name) for name in ("parameters_kept", "flops_kept", "change", "change_low", "change_high")
+    }
 
 
 def settings(study: Study, store: Store, record: dict[str, Any]) -> pd.DataFrame:

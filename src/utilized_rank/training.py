@@ -137,7 +137,7 @@ def finetune(
         original: whose predictions it also learns from, where ``recipe`` asks for distillation.
         dataset: of the training and the search split.
         recipe: of every copy. Of several learning rates the first seed takes the one that is best on the search
-            split, and the others follow.
+            split (one whose loss does not stay finite is out), and the others follow.
         study: seed, threads and precision.
         purpose: of the random numbers: those of one purpose and seed are the same for every network.
         title: of the progress bar.
@@ -162,7 +162,14 @@ def finetune(
         curve = fit(student.parameters(), loss, train, its, generator, study.precision, watch, title)
         return Tuned(student, lr, curve)
 
-    tried = [trained(lr, 0) for lr in dict.fromkeys([recipe.lr, *recipe.lrs])]
+    tried, failed = [], None
+    for lr in dict.fromkeys([recipe.lr, *recipe.lrs]):
+        try:
+            tried.append(trained(lr, 0))
+        except FloatingPointError as error:  # too large a step: another may do
+            failed = error
+    if failed is not None and not tried:
+        raise failed
     best = max(tried, key=lambda tuned: tuned.curve.search_accuracy.iloc[-1])
     return [best, *(trained(best.lr, seed) for seed in range(1, recipe.seeds))]
 
@@ -184,7 +191,7 @@ def with_statistics(
     Args:
         network: never changed.
         dataset: of the images.
-        images: how many of the training split, the first ones.
+        images: how many of the training split, the first ones; a last, smaller batch is left out.
         augmentation: that of training: without it the statistics are those of other images.
         generator: of the changes.
     """
@@ -195,7 +202,9 @@ def with_statistics(
             module.momentum = None  # the mean over all batches
             module.train()
     train = dataset.splits["train"]
-    for batch, _ in train.batches(torch.arange(min(images, len(train))).split(BATCH)):
+    count = min(images, len(train))
+    whole = max(1, count // BATCH) * BATCH  # every batch counts as much as the others
+    for batch, _ in train.batches(torch.arange(count)[:whole].split(BATCH)):
         other(dataset.augmented(batch, augmentation, generator))
     return other.eval()
 
@@ -228,7 +237,7 @@ METHODS = {"supervised": train_supervised, "linear": train_linear, "as_given": l
 
 
 def _watch(network: nn.Module, dataset: Dataset, inputs: Batches | None = None) -> Callable[[], dict[str, float]]:
-    """Accuracy on the search split: to look at, not to select by."""
+    """Accuracy on the search split, after an epoch."""
     inputs = dataset.inputs("search") if inputs is None else inputs
     labels = dataset.labels("search")
     return lambda: {"search_accuracy": 100 * float(is_correct(network, inputs, labels).mean())}

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, PercentFormatter
 
+from ..config import Model
 from .style import AMBER, BLACK, BLUE, GREEN, GREY, ORANGE, PINK, short
 
 METHODS = {
@@ -37,10 +38,10 @@ KINDS = {
 """A mark for each way of choosing ranks."""
 
 
-def published(architecture: str, dataset: str) -> pd.DataFrame:
+def published(model: Model, dataset: str) -> pd.DataFrame:
     """Other works' figures for the same network and data set: columns of ``published.csv``."""
     table = pd.read_csv(str(files("utilized_rank") / "published.csv"))
-    return table[(table.architecture == architecture) & (table.dataset == dataset)]
+    return table[(table.architecture == model.architecture) & (table.dataset == dataset) & (model.width == 1)]
 
 
 def frontier(results: pd.DataFrame, label: str, others: pd.DataFrame) -> Figure:
