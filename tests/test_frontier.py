@@ -176,18 +176,16 @@ def test_where_nothing_before_a_layer_was_replaced_compensated_weights_are_the_o
     """On the same images; from the second layer that is replaced on, they are not."""
     made = compression("resnet20", images=96)
     chosen = made.choices(Policy(budget={"params": 0.5}))
-    first, *_, last = chosen
-    apart = {}
-    for layer in (first, last):
-        weights = [made.build(m, chosen).network.get_submodule(layer) for m in ("optimal", "compensated")]
-        matrices = [
-            (two[1].weight.flatten(1) @ two[0].weight.flatten(1)) for two in weights if chosen[layer][0] == "channel"
-        ]
-        apart[layer] = float((matrices[0] - matrices[1]).abs().max()) if matrices else None
-    alone = {first: chosen[first]}
-    same = [outputs(made.build(m, alone).network, dataset.inputs("test")) for m in ("optimal", "compensated")]
-    torch.testing.assert_close(same[0], same[1], rtol=0, atol=1e-3)
-    assert apart[last] is None or apart[last] > 1e-3
+    first = next(iter(chosen))
+
+    def apart(choices):
+        """The largest difference of a logit."""
+        networks = [made.build(method, choices).network for method in ("optimal", "compensated")]
+        optimal, compensated = [outputs(network, dataset.inputs("test")) for network in networks]
+        return float((optimal - compensated).abs().max())
+
+    assert apart({first: chosen[first]}) < 1e-3
+    assert apart(chosen) > 1e-2
 
 
 @pytest.mark.parametrize("name", MODELS)

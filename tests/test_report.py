@@ -30,10 +30,9 @@ def cells(page: str) -> list[list[str]]:
 def index(study, store, links=(), record=RECORD) -> str:
     """The index of a study's report, as its notebook writes it."""
     steps = tables.steps(study, store)
-    best = "optimal" if "optimal" in study.decompose.finetuned else study.decompose.finetuned[0]
-    tuned = steps[(steps.form == "fine-tuned") & (steps.method == best)]
+    tuned = tables.tuned(study, steps)
     epsilons = sorted(study.measure.epsilons)
-    sheets = tables.sheets(study, store, record, steps, best)
+    sheets = tables.sheets(study, store, record, steps)
     report.write_index(study, store, sheets, list(links), record, tuned, epsilons[len(epsilons) // 2])
     return store.report("index.html").read_text()
 
@@ -101,7 +100,7 @@ def test_the_index_shows_every_sheet_to_the_last_row(studied):
     page = index(study, store)
     shown = re.findall(r"<table>.*?</table>", page, re.DOTALL)
     steps = tables.steps(study, store)
-    sheets = tables.sheets(study, store, RECORD, steps, "optimal")
+    sheets = tables.sheets(study, store, RECORD, steps)
     in_turn = ["table1-utilization", "repeats", "table3-training", "table2-compression", "table4-methods"]
     in_turn += ["table6-frontier", "frontier-seeds", "table5-settings"]
     assert set(in_turn) == set(sheets)

@@ -20,18 +20,10 @@ def steps(studied):
     return tables.steps(*studied)
 
 
-@pytest.fixture
-def tuned(steps):
-    """As the report has them: the fine-tuned networks of the best method."""
-    return steps[(steps.form == "fine-tuned") & (steps.method == "optimal")]
-
-
 def sheets(study, store, record) -> tuple[dict[str, pd.DataFrame], dict]:
     """Every table of the report, and its summary, as its notebook computes them."""
     all_steps = tables.steps(study, store)
-    best = "optimal" if "optimal" in study.decompose.finetuned else study.decompose.finetuned[0]
-    finetuned = all_steps[(all_steps.form == "fine-tuned") & (all_steps.method == best)]
-    return tables.sheets(study, store, record, all_steps, best), tables.summary(study, store, finetuned)
+    return tables.sheets(study, store, record, all_steps), tables.summary(study, store, all_steps)
 
 
 def row_of(store: Store, key: str, form: str, method: str, epsilon: float) -> pd.Series:
@@ -155,9 +147,9 @@ def test_table_3_has_the_mean_utilization_of_each_third_of_the_depth(studied):
         assert shown["test accuracy %"] == tables.result(store, "train", run)["test_accuracy"]
 
 
-def test_repeats_have_the_mean_and_the_sample_standard_deviation(studied, tuned):
+def test_repeats_have_the_mean_and_the_sample_standard_deviation(studied, steps):
     study, store = studied
-    table = tables.repeats(study, store, tuned).set_index("quantity")
+    table = tables.repeats(study, store, steps).set_index("quantity")
     runs = study.repeats["vgg11"].runs
     expected = {"test accuracy %": [tables.result(store, "train", run)["test_accuracy"] for run in runs]}
     for epsilon in study.measure.epsilons:
@@ -206,9 +198,9 @@ def test_settings_list_every_parameter_what_was_looked_at_and_the_hardware(studi
     assert "found: machine.code" not in listed
 
 
-def test_the_summary_is_the_headline_numbers_with_labels_and_intervals(studied, tuned):
+def test_the_summary_is_the_headline_numbers_with_labels_and_intervals(studied, steps):
     study, store = studied
-    summary = tables.summary(study, store, tuned)
+    summary = tables.summary(study, store, steps)
     assert json.loads(json.dumps(summary)) == summary
     for key, run in study.runs.items():
         whole = row_of(store, key, "original", "dense", np.nan)
@@ -232,9 +224,9 @@ def test_the_summary_is_the_headline_numbers_with_labels_and_intervals(studied, 
         } | ({"frontier": summary[key]["frontier"]} if key in study.frontier else {})
 
 
-def test_the_summary_of_a_run_with_a_frontier_has_every_network_of_it(studied, tuned):
+def test_the_summary_of_a_run_with_a_frontier_has_every_network_of_it(studied, steps):
     study, store = studied
-    found = tables.summary(study, store, tuned)["vgg11"]["frontier"]
+    found = tables.summary(study, store, steps)["vgg11"]["frontier"]
     made = tables.rows(store, "frontier", "vgg11")
     first = made[(made.form != "original") & (made.seed.isna() | (made.seed == 0))]
     assert {(m, r, f) for m, its in found.items() for r, steps in its.items() for f in steps} == set(
@@ -307,11 +299,11 @@ def test_accuracy_is_set_against_the_time_that_was_taken_here(studied):
 def test_only_tables_that_have_rows_are_written(studied, steps):
     study, store = studied
     record = {"code": "a hash", **MACHINE}
-    every = set(tables.sheets(study, store, record, steps, "optimal"))
+    every = set(tables.sheets(study, store, record, steps))
     plain = study.model_copy(update={"frontier": {}, "repeats": {}, "comparisons": {}})
     fewer = {"repeats", "table3-training", "table6-frontier", "frontier-seeds"}
     assert fewer < every
-    assert set(tables.sheets(plain, store, record, steps, "optimal")) == every - fewer
+    assert set(tables.sheets(plain, store, record, steps)) == every - fewer
 
 
 def test_two_runs_of_one_label_are_refused_since_no_table_could_tell_them_apart(parameters):

@@ -190,13 +190,7 @@ class Compression:
             dimensions: k_S and k_T, of the layers that may be replaced.
             choose: what replaces a layer; None where it stays whole.
         """
-        compensation = Compensation(self.network, small, self.images, self.memory)
-        fit: Callable[[Layer], Fit] = {
-            "compensated": compensation.fit,
-            "optimal": self._outputs_kept,
-            "svd": weight_kept,
-            "projection": lambda layer: projection(self._target(layer, *dimensions[layer.name])),
-        }[method]
+        fit = self._fits(method, small, dimensions)
         forms = {}
         for name, layer in self.layers.items():
             factors = choose(fit(layer)) if name in dimensions else None
@@ -205,6 +199,14 @@ class Compression:
                 substitute(small, {name: two})
                 forms[name] = form_of(two, factors)
         return Decomposed(small, forms)
+
+    def _fits(self, method: str, small: nn.Module, dimensions: dict[str, tuple[int, int]]) -> Callable[[Layer], Fit]:
+        """How ``method`` fits a layer; arguments as in :meth:`_in_turn`."""
+        if method == "compensated":
+            return Compensation(self.network, small, self.images, self.memory).fit
+        if method == "projection":
+            return lambda layer: projection(self._target(layer, *dimensions[layer.name]))
+        return {"optimal": self._outputs_kept, "svd": weight_kept}[method]
 
     def _target(self, layer: Layer, k_s: int, k_t: int) -> Target:
         its = self.moments[layer.name]

@@ -90,6 +90,17 @@ def steps(study: Study, store: Store) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)
 
 
+def best(study: Study) -> str:
+    """The method whose networks the study's headline numbers are of: the optimum, where it is fine-tuned."""
+    finetuned = study.decompose.finetuned
+    return "optimal" if "optimal" in finetuned else finetuned[0]
+
+
+def tuned(study: Study, all_steps: pd.DataFrame) -> pd.DataFrame:
+    """The fine-tuned networks of the best method, one row a run and epsilon, as :func:`steps` gives them."""
+    return all_steps[(all_steps.form == "fine-tuned") & (all_steps.method == best(study))]
+
+
 def with_interval(table: pd.DataFrame) -> pd.Series:
     """Changes of accuracy as text: change, and its paired 95% interval in brackets."""
     text = [f"{row.change:+.2f} [{row.change_low:+.2f}, {row.change_high:+.2f}]" for row in table.itertuples()]
@@ -215,15 +226,16 @@ def by_training(study: Study, store: Store) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
 
 
-def repeats(study: Study, store: Store, tuned: pd.DataFrame) -> pd.DataFrame:
+def repeats(study: Study, store: Store, all_steps: pd.DataFrame) -> pd.DataFrame:
     """Mean and standard deviation over runs that differ in their random numbers alone: one row a quantity."""
     table = []
+    low_rank = tuned(study, all_steps)
     for group in study.repeats.values():
         trained = [result(store, "train", run)["test_accuracy"] for run in group.runs]
         measured = [result(store, "measure", run)["mlu"] for run in group.runs]
         quantities = {"test accuracy %": trained}
         for epsilon in study.measure.epsilons:
-            at = tuned[(tuned.epsilon == epsilon) & tuned.run.isin(group.runs)]
+            at = low_rank[(low_rank.epsilon == epsilon) & low_rank.run.isin(group.runs)]
             quantities |= {
                 mlu_column(epsilon): [100 * mlu[f"{epsilon:g}"] for mlu in measured],
                 f"parameters kept % (ε = {epsilon:g})": [100 * kept for kept in at.parameters_kept],
@@ -249,7 +261,7 @@ def methods(all_steps: pd.DataFrame) -> pd.DataFrame:
     before = low_rank[low_rank.form == "decomposed"]
     after = low_rank[low_rank.form == "fine-tuned"].set_index(["run", "epsilon", "method"])
     keys = list(zip(before.run, before.epsilon, before.method, strict=True))
-    tuned = after.reindex(keys).reset_index()
+    trained_on = after.reindex(keys).reset_index()
     return pd.DataFrame(
         {
             "network": before.label.to_numpy(),
@@ -258,8 +270,8 @@ def methods(all_steps: pd.DataFrame) -> pd.DataFrame:
             "parameters kept %": 100 * before.parameters_kept.to_numpy(),
             "before, %": before.accuracy.to_numpy(),
             "change before, points [95%]": with_interval(before).to_numpy(),
-            "after, %": tuned.accuracy.to_numpy(),
-            "change after, points [95%]": with_interval(tuned).where(tuned.accuracy.notna(), "").to_numpy(),
+            "after, %": trained_on.accuracy.to_numpy(),
+            "change after, points [95%]": with_interval(trained_on).where(trained_on.accuracy.notna(), "").to_numpy(),
             "images": before.images.to_numpy(),
         }
     )
@@ -318,9 +330,7 @@ def frontier_seeds(study: Study, store: Store) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
 
 
-def sheets(
-    study: Study, store: Store, record: dict[str, Any], all_steps: pd.DataFrame, best: str
-) -> dict[str, pd.DataFrame]:
+def sheets(study: Study, store: Store, record: dict[str, Any], all_steps: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """Every table of the report that has rows, by the name of its file.
 
     Args:
@@ -328,13 +338,11 @@ def sheets(
         store: its folders.
         record: the provenance.
         all_steps: as :func:`steps` gives them.
-        best: the method whose networks Table 2 has.
     """
-    tuned = all_steps[(all_steps.form == "fine-tuned") & (all_steps.method == best)]
     made = {
         "table1-utilization": utilization(study, store),
-        "repeats": repeats(study, store, tuned),
-        "table2-compression": compression(all_steps, best),
+        "repeats": repeats(study, store, all_steps),
+        "table2-compression": compression(all_steps, best(study)),
         "table3-training": by_training(study, store),
         "table4-methods": methods(all_steps),
         "table5-settings": settings(study, store, record),
@@ -344,14 +352,15 @@ def sheets(
     return {name: sheet for name, sheet in made.items() if len(sheet)}
 
 
-def summary(study: Study, store: Store, tuned: pd.DataFrame) -> dict[str, Any]:
+def summary(study: Study, store: Store, all_steps: pd.DataFrame) -> dict[str, Any]:
     """The headline numbers of every run: accuracy, MLU, and what is kept and lost after fine-tuning.
 
     Of a run that has a frontier, too: by weights, choice of ranks and step, of the first seed.
     """
     runs: dict[str, Any] = {}
+    low_rank = tuned(study, all_steps)
     for key in study.runs:
-        compressed = {f"{row.epsilon:g}": _kept_and_lost(row) for row in tuned[tuned.run == key].itertuples()}
+        compressed = {f"{row.epsilon:g}": _kept_and_lost(row) for row in low_rank[low_rank.run == key].itertuples()}
         runs[key] = {
             "label": study.runs[key].label,
             "training": training_name(study, study.runs[key]),
