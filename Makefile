@@ -1,13 +1,15 @@
-# Two commands: `make repro` runs the study, `make test` runs the tests. Both set up .venv first.
+# Two commands: `make repro` runs the default study (`make repro STUDY=cifar10` another one), `make test` runs the tests.
+# Both set up .venv first.
 PYTHON ?= python3.11
 BIN := .venv/bin
 # The stages of dvc.yaml call `utilized-rank` by its name.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export DVC_NO_ANALYTICS := 1
 
-.PHONY: repro test test-large bench lint params lock clean
+.PHONY: repro test test-large bench lint lock clean
 repro: .venv/ready
-	$(BIN)/dvc repro
+	$(if $(STUDY),$(BIN)/utilized-rank study $(STUDY))
+	$(BIN)/dvc repro $(patsubst %,reports/%/dvc.yaml,$(filter-out digits,$(STUDY)))
 
 test: .venv/ready
 	$(BIN)/pytest --cov
@@ -20,10 +22,6 @@ test-large: .venv/ready
 # Threads that wait spin briefly, as in the stages.
 bench: .venv/ready
 	GOMP_SPINCOUNT=3000 $(BIN)/python -m benchmarks $(ONLY)
-
-# Compose params.yaml from conf/, as `dvc exp run` does.
-params: .venv/ready
-	$(BIN)/python -c 'from dvc.utils.hydra import compose_and_dump as c; c("params.yaml", "$(CURDIR)/conf", None, "config", "", [])'
 
 lint: .venv/ready
 	$(BIN)/ruff check .

@@ -15,6 +15,7 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 # A module imports only from those before it.
 ORDER = [
     "config",
+    "studies",
     "store",
     "intervals",
     "runtime",
@@ -55,6 +56,7 @@ ORDER = [
     "report",
     "overview",
     "plan",
+    "layout",
     "cli",
 ]
 
@@ -139,27 +141,29 @@ STAGES = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text())["stages"]
 def test_a_stage_depends_on_every_module_that_its_notebook_uses_and_on_no_other(path):
     stage = STAGES[path.stem.partition("_")[2]]
     deps = stage.get("do", stage)["deps"]
-    assert f"data/notebooks/{path.name}" in deps or "data/notebooks" in deps
+    assert f"data/${{name}}/notebooks/{path.name}" in deps or "data/${name}/notebooks" in deps
     used = {f"src/utilized_rank/{name.replace('.', '/')}.py" for name in reachable(imports(code(path), []))}
     declared = {dep for dep in deps if dep.startswith("src/") and not dep.endswith(".csv")}
     assert declared == used or declared == {"src/utilized_rank"}
 
 
-def test_params_yaml_is_the_composed_default(tmp_path):
-    from dvc.utils.hydra import compose_and_dump
+@pytest.mark.parametrize("name", STAGES)
+def test_the_run_cache_takes_every_stage_but_the_one_that_copies_to_git(name):
+    """DVC refuses those with an output that neither it caches nor is a metric or a plot (dvc.stage.Stage.run)."""
+    stage = STAGES[name].get("do", STAGES[name])
+    plain = [out for out in stage.get("outs", []) if isinstance(out, dict)]
+    assert bool(plain) == (name == "publish")
+    assert all(list(out.values()) == [{"cache": False}] for out in plain)
+    assert not {"persist", "always_changed"} & stage.keys()
 
-    compose_and_dump(str(tmp_path / "params.yaml"), str(ROOT / "conf"), None, "config", "", [])
-    assert (ROOT / "params.yaml").read_text() == (tmp_path / "params.yaml").read_text(), "run `make params`"
 
-
-@pytest.mark.parametrize("path", sorted((ROOT / "conf" / "study").glob("*.yaml")), ids=lambda p: p.stem)
-def test_every_study_is_valid(path, tmp_path):
-    from dvc.utils.hydra import compose_and_dump
-
-    from utilized_rank.config import load_study
-
-    compose_and_dump(str(tmp_path / "params.yaml"), str(ROOT / "conf"), None, "config", "", [f"study={path.stem}"])
-    assert load_study(tmp_path).name == path.stem
+@pytest.mark.parametrize("name", STAGES)
+def test_no_path_of_a_stage_is_shared_by_two_studies(name):
+    stage = STAGES[name].get("do", STAGES[name])
+    for kind in ("outs", "plots", "metrics"):
+        for out in stage.get(kind, []):
+            path = out if isinstance(out, str) else next(iter(out))
+            assert path.startswith(("data/${name}/", "reports/${name}/")), path
 
 
 def test_the_readme_shows_both_commands_early_and_names_only_targets_that_exist():

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from utilized_rank import data, prepare
-from utilized_rank.config import Augmentation, Data, Model, StudyError
+from utilized_rank.config import Augmentation, Data, Measure, Model, StudyError, parse_study
 from utilized_rank.data import SPLITS, Dataset
 from utilized_rank.images import Files, Split, array
 from utilized_rank.store import Store
@@ -80,8 +80,9 @@ def test_inputs_of_files_are_those_of_an_array_to_the_bit(large, workers):
 
 
 def test_saving_and_loading_changes_no_bit(dataset, tmp_path):
-    data.save(dataset, tmp_path / "data.safetensors")
-    loaded = data.load(tmp_path / "data.safetensors")
+    store = Store("mine", tmp_path)
+    data.save(dataset, store)
+    loaded = data.load(store)
     assert (loaded.classes, loaded.mean, loaded.std) == (dataset.classes, dataset.mean, dataset.std)
     for name in SPLITS:
         assert torch.equal(loaded.splits[name].images, dataset.splits[name].images)
@@ -95,13 +96,13 @@ def test_files_are_saved_by_name_and_found_again_when_the_project_moves(image_fo
     image_folder("test", folder="here/project/data/raw/fruit", apple=2, pear=1, plum=1)
     how = LARGE.model_copy(update={"test": None, "crop": 0.75, "workers": 1})
     dataset, _ = prepare.build(how, 0, project)
-    path = Store("mine", project).data("prepare", "dataset.safetensors")
-    data.save(dataset, path)
-    assert path.stat().st_size < 10_000
-    before = in_memory(data.load(path))
+    store = Store("mine", project)
+    data.save(dataset, store)
+    assert data.path(store).stat().st_size < 10_000
+    before = in_memory(data.load(store))
     (tmp_path / "elsewhere").mkdir()
     shutil.move(project, tmp_path / "elsewhere" / "renamed")
-    after = data.load(Store("mine", tmp_path / "elsewhere" / "renamed").data("prepare", "dataset.safetensors"))
+    after = data.load(Store("mine", tmp_path / "elsewhere" / "renamed"))
     assert (after.classes, after.mean, after.std) == (dataset.classes, dataset.mean, dataset.std)
     for name in SPLITS:
         files, original = after.splits[name].images, dataset.splits[name].images
@@ -114,10 +115,91 @@ def test_files_are_saved_by_name_and_found_again_when_the_project_moves(image_fo
 def test_files_are_found_from_a_relative_path(large, tmp_path, monkeypatch):
     """As from a notebook, which runs in the project's root."""
     monkeypatch.chdir(tmp_path)
-    path = Store("mine").data("prepare", "dataset.safetensors")
-    assert not path.is_absolute()
-    data.save(large, path)
-    assert torch.equal(data.load(path).inputs("search")[:], large.inputs("search")[:])
+    store = Store("mine")
+    assert not data.path(store).is_absolute()
+    data.save(large, store)
+    assert torch.equal(data.load(store).inputs("search")[:], large.inputs("search")[:])
+
+
+def test_files_outside_of_the_project_are_found_by_their_whole_path(large, tmp_path):
+    store = Store("mine", tmp_path / "project")
+    data.save(large, store)
+    assert torch.equal(data.load(store).inputs("search")[:], large.inputs("search")[:])
+
+
+def test_an_experiment_in_a_folder_of_its_own_finds_the_images_of_the_project_and_writes_the_same_bytes(
+    image_folder, tmp_path, monkeypatch
+):
+    """As DVC runs those of a queue: below .dvc/tmp, without what git ignores, DVC_ROOT naming the project."""
+    image_folder(apple=9, pear=8, plum=8)
+    here = Store("mine", tmp_path)
+    data.save(prepare.build(LARGE, 0, tmp_path)[0], here)
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    there = Store("mine", tmp_path / ".dvc" / "tmp" / "exps" / "a")
+    data.save(prepare.build(LARGE, 0, there.root)[0], there)
+    assert data.path(there).read_bytes() == data.path(here).read_bytes()
+    assert torch.equal(data.load(there).inputs("test")[:], data.load(here).inputs("test")[:])
+
+
+@pytest.fixture
+def halved(dataset) -> data.Dataset:
+    """Every other test image is searched on."""
+    return dataclasses.replace(dataset, searched=torch.arange(len(dataset.splits["test"])) % 2 == 0)
+
+
+def test_a_run_whose_weights_are_given_searches_and_reports_on_test_images_that_are_not_the_same(halved):
+    test, seen = halved.splits["test"].images, halved.searching_test()
+    assert torch.equal(seen.splits["search"].images, test[::2])
+    assert torch.equal(seen.splits["test"].images, test[1::2])
+    assert torch.equal(seen.labels("test"), halved.labels("test")[1::2])
+    assert seen.splits["train"] is halved.splits["train"]
+
+
+def test_a_data_set_without_halves_is_searched_as_it_is_split(dataset):
+    assert dataset.searching_test() is dataset
+
+
+@pytest.mark.parametrize("search_from", ["train", "test"])
+def test_only_a_run_whose_weights_are_given_has_other_splits(halved, tmp_path, parameters, search_from):
+    parameters["data"]["search_from"] = search_from
+    made = {"method": "published", "supervision": "supervised", "model": {"architecture": "vit"}}
+    parameters["pretrained"]["given"] = made
+    parameters["runs"]["given"] = {**parameters["runs"]["vit_linear"], "label": "given", "pretrained": "given"}
+    study, store = parse_study(parameters), Store("toy", tmp_path)
+    data.save(halved, store)
+    counts = {run: len(data.of_run(study, store, run).splits["search"]) for run in study.runs}
+    assert counts == {"vgg11": 40, "vit_linear": 40, "given": 20 if search_from == "test" else 40}
+
+
+@pytest.mark.parametrize(
+    ("images", "named", "found"),
+    [
+        (61, [], [1.64, 2.0]),  # one image is 1.6393 points
+        (12, [], [8.34]),
+        (50, [], [2.0]),
+        (100, [], [1.0, 2.0]),
+        (449, [], [1.0, 2.0]),
+        (61, [5.0, 0.0], [5.0, 0.0]),
+    ],
+)
+def test_tolerances_that_nobody_named_give_way_to_what_the_search_split_resolves(images, named, found, capsys):
+    split = Split(torch.zeros(images, 1, 8, 8, dtype=torch.uint8), torch.zeros(images, dtype=torch.int64))
+    dataset = data.Dataset({"search": split}, ["a"], [0.0], [1.0])
+    measure = Measure(calibration_images=1, epsilons=named)
+    assert data.tolerances(dataset, measure) == found
+    said = capsys.readouterr().err
+    assert (f"one of the {images} search images is worth" in said) == (not named and found != [1.0, 2.0])
+    assert measure.resolved(images).by_default == (not named)
+    data.check_resolution(images, found)
+
+
+def test_a_tolerance_that_was_named_is_refused_where_it_is_too_fine(dataset):
+    with pytest.raises(StudyError, match=r"measure\.epsilons has 1 points, but one of the 40 search images"):
+        data.tolerances(dataset, Measure(calibration_images=1, epsilons=[1.0, 5.0]))
+
+
+def test_the_smallest_search_split_of_any_run_says_what_is_resolved(halved):
+    assert data.tolerances(halved, Measure(calibration_images=1)) == [5.0]
 
 
 def test_a_file_that_was_damaged_after_preparing_is_named_when_it_is_needed(large):

@@ -1,7 +1,6 @@
 """The README's own-images section, word for word: a folder, a study file of five lines, one command."""
 
 import re
-import shutil
 from collections import Counter
 from itertools import chain
 from pathlib import Path
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from ruamel.yaml import YAML
-from test_pipeline import ROOT, command, started
+from test_pipeline import ROOT, command, copied, started
 
 from utilized_rank import data
 from utilized_rank.config import load_study
@@ -20,33 +19,13 @@ from utilized_rank.store import Store, read_json, read_table
 README = (ROOT / "README.md").read_text().split("### Your own images")[1].split("\n## ")[0]
 COLOURS = {"blue": (30, 60, 200), "green": (40, 180, 60), "red": (210, 50, 40)}
 EACH = 20
-# One image of the 12 in the search split is 8.3 points.
 QUICKER = [
-    "measure.epsilons=[10.0,25.0]",
     "runs.folder_resnet20.train.epochs=10",
     "+runs.folder_resnet20.train.batch_size=12",
     "runs.folder_resnet20.finetune.epochs=2",
     "decompose.sweep_points=2",
     "threads=1",
 ]
-
-
-def copied(folder: Path) -> Path:
-    """The project as a clone of it would be, under git and DVC."""
-    for name in ("dvc.yaml", "params.yaml", ".dvcignore", ".gitignore"):
-        shutil.copy(ROOT / name, folder)
-    for name in ("notebooks", "conf"):
-        shutil.copytree(ROOT / name, folder / name)
-    shutil.copytree(ROOT / "src", folder / "src", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
-    (folder / ".dvc").mkdir()
-    for name in ("config", ".gitignore"):
-        shutil.copy(ROOT / ".dvc" / name, folder / ".dvc")
-    command(folder, "git", "init", "--quiet")
-    command(folder, "git", "config", "user.name", "someone")
-    command(folder, "git", "config", "user.email", "someone@localhost")
-    command(folder, "git", "add", "--all")
-    command(folder, "git", "commit", "--quiet", "--message", "a clone")
-    return folder
 
 
 def picture(colour: tuple[int, int, int], draw: np.random.Generator) -> Image.Image:
@@ -79,9 +58,14 @@ def project(tmp_path_factory) -> Path:
     file, block = re.search(r"`(conf/study/\w+\.yaml)`.*?```yaml\n(.*?)```", README, re.DOTALL).groups()
     assert len(block.splitlines()) == 5
     (folder / file).write_text(block)
-    told = re.search(r"`(dvc exp run [^`]+)`", README)[1].split()
-    output = command(folder, *told, *(word for change in QUICKER for word in ("--set-param", change)))
-    assert started(output)[-1] == "report"
+    (study,) = re.findall(r"`make repro STUDY=(\w+)`", README)
+    command(folder, "utilized-rank", "study", study)  # as make does, and then `dvc repro` of it
+    pipeline, params = f"reports/{study}/dvc.yaml", f"reports/{study}/params.yaml"
+    quicker = [word for change in QUICKER for word in ("--set-param", f"{params}:{change}")]
+    output = command(folder, "dvc", "exp", "run", pipeline, *quicker)
+    assert started(output)[-1] == f"{pipeline}:publish"
+    # One image of the 12 in the search split is 8.3 points: the default tolerances are finer.
+    assert "tolerances are 8.34 points in place of 1 and 2: one of the 12 search images is worth 8.33" in output
     return folder
 
 
@@ -101,16 +85,16 @@ def test_the_report_of_the_readme_is_there_and_shows_the_network(project):
 
 
 def test_the_study_is_the_folder_study_but_for_the_five_lines_and_the_changes(project):
-    study = load_study(project)
+    study = load_study(project / "reports/mine")
     assert (study.name, study.title, study.data.source, study.data.test) == ("mine", "My images", "folder", 0.2)
-    assert study.measure.epsilons == [10, 25]
+    assert study.measure.epsilons == []
     folder = YAML(typ="safe").load((ROOT / "conf/study/folder.yaml").read_text())
     assert study.runs.keys() == folder["runs"].keys()
     assert study.data.image_size == folder["data"]["image_size"]
 
 
 def test_images_of_every_kind_are_split_evenly_by_class_and_each_is_in_one_split(store):
-    dataset = data.load(store.data("prepare", "dataset.safetensors"))
+    dataset = data.load(store)
     assert dataset.classes == list(COLOURS)
     assert dataset.shape == (3, 64, 64)
     counts = {name: Counter(split.labels.tolist()) for name, split in dataset.splits.items()}
@@ -131,7 +115,22 @@ def test_the_network_learns_what_a_clear_colour_tells_and_is_measured_and_decomp
     mlu = read_json(store.report("results", "measure-folder_resnet20.json"))["mlu"]
     assert all(0 < used < 1 for used in mlu.values())
     tuned = read_table(store.report("results", "finetune-folder_resnet20.csv"))
-    assert list(tuned.epsilon.dropna()) == [10, 25]
+    assert list(tuned.epsilon.dropna()) == [8.34]
+    settings = read_table(store.report("tables", "table5-settings.csv")).set_index("parameter").value
+    assert settings["found: tolerances"] == "[8.34]: by default [1.0, 2.0], none finer than one search image"
+
+
+def test_an_experiment_in_a_folder_of_its_own_sees_images_that_are_decoded_when_they_are_needed(project):
+    """As those of a queue: what git ignores is not there."""
+    mine = (project / "conf/study/mine.yaml").read_text()
+    large = mine.replace("name: mine", "name: large").replace("data: {", "data: {image_size: 72, ")
+    (project / "conf/study/large.yaml").write_text(large)
+    command(project, "utilized-rank", "study", "large")
+    command(project, "git", "add", "conf/study/large.yaml", "reports/large")
+    changes = ["--set-param", "reports/large/params.yaml:runs.folder_resnet20.train.epochs=1"]
+    output = command(project, "dvc", "exp", "run", "--temp", "reports/large/dvc.yaml:train@folder_resnet20", *changes)
+    assert [name.rpartition(":")[2] for name in started(output)] == ["check", "prepare", "train@folder_resnet20"]
+    assert not (project / "data/large").exists()
 
 
 @pytest.mark.parametrize(("study", "dataset"), [("fashion_mnist", "FashionMNIST"), ("cifar10", "CIFAR10")])
@@ -144,8 +143,9 @@ def test_a_source_out_of_reach_stops_the_first_stage_with_one_paragraph(tmp_path
     monkeypatch.setenv("PYTHONPATH", str(folder / "src"))
     for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
-    output = command(folder, "dvc", "exp", "run", "-S", f"study={study}", ok=False)
-    assert started(output)[-1] == "prepare"
+    command(folder, "utilized-rank", "study", study)
+    output = command(folder, "dvc", "repro", f"reports/{study}/dvc.yaml", ok=False)
+    assert started(output)[-1] == f"reports/{study}/dvc.yaml:prepare"
     (told,) = [line for line in output.splitlines() if f"{dataset} cannot be reached" in line]
     ways = ["an image folder", "torchvision's files", "a download by torchvision", "Connect to a network once"]
     ways += ["Debian's package dataset-fashion-mnist (it is not installed)"] if study == "fashion_mnist" else []

@@ -127,19 +127,49 @@ def test_a_network_without_a_linear_layer_has_no_classifier():
 def test_a_checkpoint_is_read_where_it_is_the_file_that_is_meant(tmp_path):
     path = tmp_path / "a.safetensors"
     write_tensors(path, {"x": torch.ones(2)})
-    assert torch.equal(models.read_checkpoint(str(path), file_hash(path))["x"], torch.ones(2))
+    assert torch.equal(models.read_checkpoint(path, file_hash(path))["x"], torch.ones(2))
 
 
 def test_another_file_under_the_name_of_a_checkpoint_is_noticed(tmp_path):
     path = tmp_path / "a.safetensors"
     write_tensors(path, {"x": torch.ones(2)})
     with pytest.raises(StudyError, match=r"a\.safetensors has SHA-256 .*, not 00ff: it is another file"):
-        models.read_checkpoint(str(path), "00ff")
+        models.read_checkpoint(path, "00ff")
 
 
 def test_a_missing_checkpoint_is_named(tmp_path):
     with pytest.raises(StudyError, match=r"nowhere\.safetensors is not there"):
-        models.read_checkpoint(str(tmp_path / "nowhere.safetensors"), "00ff")
+        models.read_checkpoint(tmp_path / "nowhere.safetensors", "00ff")
+
+
+@pytest.fixture
+def elsewhere(tmp_path) -> tuple[str, str]:
+    """The address of a checkpoint, and its SHA-256."""
+    write_tensors(tmp_path / "elsewhere" / "a.safetensors", {"x": torch.ones(2)})
+    return (tmp_path / "elsewhere" / "a.safetensors").as_uri(), file_hash(tmp_path / "elsewhere" / "a.safetensors")
+
+
+def test_a_checkpoint_that_is_not_there_is_downloaded_once_and_kept(tmp_path, elsewhere):
+    path, (url, sha256) = tmp_path / "data" / "raw" / "checkpoints" / "a.safetensors", elsewhere
+    assert torch.equal(models.read_checkpoint(path, sha256, url)["x"], torch.ones(2))
+    assert torch.equal(models.read_checkpoint(path, sha256, "file:///gone")["x"], torch.ones(2))
+
+
+def test_a_download_that_is_another_file_is_refused_and_leaves_nothing(tmp_path, elsewhere):
+    path = tmp_path / "raw" / "a.safetensors"
+    with pytest.raises(StudyError, match=r"cannot be downloaded .*invalid hash value"):
+        models.read_checkpoint(path, "00ff", elsewhere[0])
+    assert not list(path.parent.iterdir())
+
+
+def test_without_a_network_one_paragraph_says_what_to_put_where(tmp_path):
+    path, url = tmp_path / "raw" / "a.safetensors", "http://127.0.0.1:9/a.safetensors"
+    with pytest.raises(StudyError) as caught:
+        models.read_checkpoint(path, "00ff", url)
+    for words in (str(path), url, "SHA-256 00ff", "put it there", "Connect to a network once"):
+        assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not list(path.parent.iterdir())
 
 
 def test_an_encoder_is_loaded_and_the_rest_keeps_its_random_weights():
@@ -246,7 +276,7 @@ def test_a_network_without_blocks_cannot_be_cut(name):
 
 
 def read(path: Path) -> dict[str, Tensor]:
-    return models.read_checkpoint(str(path), file_hash(path))
+    return models.read_checkpoint(path, file_hash(path))
 
 
 TENSORS = {"x.weight": torch.arange(6.0).view(2, 3), "x.bias": torch.ones(2, dtype=torch.float16)}
@@ -313,7 +343,7 @@ def test_a_file_that_is_no_tensors_at_all_is_refused(tmp_path, content, suffix):
 def test_another_file_of_torch_is_noticed_before_it_is_read(tmp_path):
     (tmp_path / "a.pth").write_bytes(b"none of torch's")
     with pytest.raises(StudyError, match=r"a\.pth has SHA-256 .*, not 00ff: it is another file"):
-        models.read_checkpoint(str(tmp_path / "a.pth"), "00ff")
+        models.read_checkpoint(tmp_path / "a.pth", "00ff")
 
 
 @pytest.fixture

@@ -76,7 +76,7 @@ def with_run(name: str, **changes: object) -> dict:
 
 def write_params(project: Path, study: dict) -> None:
     with (project / "params.yaml").open("w") as file:
-        YAML(typ="safe").dump(study, file)
+        YAML(typ="safe").dump({"root": ".", "params": "params.yaml"} | study, file)
 
 
 def command(project: Path, *words: str, ok: bool = True) -> str:
@@ -94,23 +94,39 @@ def started(output: str) -> list[str]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file but the latencies, which another execution measures anew."""
+    """Every file but times, which another execution measures anew."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "latencies.html"]
-    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+    kept = [path.relative_to(folder) for path in files if "timings" not in path.parts]
+    return {str(path): (folder / path).read_bytes() for path in kept}
+
+
+def commit(project: Path, message: str) -> None:
+    command(project, "git", "add", "--all")
+    command(project, "git", "commit", "--quiet", "--message", message)
+
+
+def copied(folder: Path) -> Path:
+    """The project as a clone of it would be, under git and DVC."""
+    for name in ("dvc.yaml", "params.yaml", ".dvcignore", ".gitignore"):
+        shutil.copy(ROOT / name, folder)
+    for name in ("notebooks", "conf"):
+        shutil.copytree(ROOT / name, folder / name)
+    shutil.copytree(ROOT / "src", folder / "src", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+    (folder / ".dvc").mkdir()
+    for name in ("config", ".gitignore"):
+        shutil.copy(ROOT / ".dvc" / name, folder / ".dvc")
+    command(folder, "git", "init", "--quiet")
+    command(folder, "git", "config", "user.name", "someone")
+    command(folder, "git", "config", "user.email", "someone@localhost")
+    commit(folder, "a clone")
+    return folder
 
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
     """A copy of the project with the shrunken study in place, and every stage run."""
-    folder = tmp_path_factory.mktemp("project")
-    for name in ("dvc.yaml", ".dvcignore", ".gitignore"):
-        shutil.copy(ROOT / name, folder)
-    for name in ("notebooks", "conf"):
-        shutil.copytree(ROOT / name, folder / name)
-    shutil.copytree(ROOT / "src", folder / "src", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+    folder = copied(tmp_path_factory.mktemp("project"))
     write_params(folder, STUDY)
-    command(folder, "git", "init", "--quiet")
-    command(folder, "dvc", "init", "--quiet")
     output = command(folder, "dvc", "repro")
     assert started(output)[0] == "check"
     return folder
@@ -194,11 +210,11 @@ def test_a_second_repro_does_nothing(project):
 
 def test_stages_repeat_to_the_same_bytes(project):
     before = contents(project / "reports"), (project / "dvc.lock").read_text()
-    stages = ["train@tiny_ssl", "measure@tiny_vgg", "decompose@tiny_ssl", "report"]
+    stages = ["train@tiny_ssl", "measure@tiny_vgg", "decompose@tiny_ssl", "report", "publish"]
     command(project, "dvc", "repro", "--force", "--single-item", *stages)
     assert (contents(project / "reports"), (project / "dvc.lock").read_text()) == before
     shown = (project / "reports/tiny/latencies.html").read_text()
-    for milliseconds in 1000 * read_table(project / "data/tiny/timings/latencies-tiny_ssl.csv").decomposed:
+    for milliseconds in 1000 * read_table(project / "data/tiny/timings/decompose-tiny_ssl.csv").decomposed:
         assert f"<td>{milliseconds:,.2f}</td>" in shown
 
 
@@ -206,7 +222,7 @@ def test_a_changed_fine_tuning_rate_concerns_that_fine_tuning_alone(project):
     write_params(project, with_run("tiny_vgg", finetune=STUDY["runs"]["tiny_vgg"]["finetune"] | {"lr": 2e-3}))
     try:
         changed = re.findall(r"^(\S+):$", command(project, "dvc", "status"), re.MULTILINE)
-        assert sorted(changed) == ["check", "finetune@tiny_vgg", "report"]
+        assert sorted(changed) == ["check", "finetune@tiny_vgg", "report"]  # and publish, when those have run
     finally:
         write_params(project, STUDY)
 
@@ -224,7 +240,7 @@ def test_a_mistyped_key_stops_the_first_stage_and_loses_nothing(project):
     assert contents(project / "reports") == before
     assert "run `utilized-rank check`" in command(project, "utilized-rank", "stage", "prepare", ok=False)
     command(project, "dvc", "repro")
-    assert (project / "data/notebooks/1_prepare.ipynb").is_file()
+    assert (project / "data/tiny/notebooks/1_prepare.ipynb").is_file()
 
 
 def test_a_failing_cell_says_what_and_keeps_the_notebook(project):
@@ -271,3 +287,84 @@ def test_an_executed_notebook_runs_again_from_its_own_folder(project, name):
     notebook = project / "data/tiny/executed" / f"{name}.ipynb"
     words = ["--nbval-lax", "--nbval-current-env", "-q", "-p", "no:cacheprovider", str(notebook)]
     command(project, sys.executable, "-m", "pytest", *words)
+
+
+@pytest.fixture(scope="module")
+def beside(project):
+    """Another study in the same project, laid out and run: its home, and the stages that ran."""
+    other = STUDY | {
+        "name": "other",
+        "title": "another",
+        "seed": 1,
+        "frontier": {},
+        "comparisons": {},
+        "pretrained": {},
+    }
+    other["runs"] = {"tiny_vgg": STUDY["runs"]["tiny_vgg"]}
+    with (project / "conf/study/other.yaml").open("w") as file:
+        file.write("# @package _global_\n")
+        YAML(typ="safe").dump(other, file)
+    commit(project, "one study")
+    before = contents(project / "reports/tiny"), contents(project / "data/tiny"), (project / "dvc.lock").read_bytes()
+    assert "dvc repro reports/other/dvc.yaml" in command(project, "utilized-rank", "study", "other")
+    output = command(project, "dvc", "repro", "reports/other/dvc.yaml")
+    after = contents(project / "reports/tiny"), contents(project / "data/tiny"), (project / "dvc.lock").read_bytes()
+    assert before == after
+    return project / "reports/other", [name.partition("dvc.yaml:")[2] for name in started(output)]
+
+
+def test_another_study_runs_beside_the_first_with_a_lock_of_its_own_and_the_overview_has_both(project, beside):
+    home, ran = beside
+    made = [f"{stage}@tiny_vgg" for stage in ("train", "measure", "decompose", "finetune")]
+    assert ran == ["check", "prepare", *made, "report", "publish"]
+    assert {"params.yaml", "dvc.yaml", "dvc.lock", "index.html"} <= {path.name for path in home.iterdir()}
+    overview_page = (project / "reports/index.html").read_text()
+    assert 'href="tiny/index.html"' in overview_page
+    assert 'href="other/index.html"' in overview_page
+    new = command(project, "git", "status", "--short", "--untracked-files=all").splitlines()
+    assert {line[3:].split("/")[1] for line in new} == {
+        "other",
+        "index.html",
+        "claims.csv",
+        "utilization.csv",
+        "utilization.svg",
+    }
+
+
+def test_there_and_back_again_with_a_change_in_the_middle_nothing_is_computed_twice_and_no_byte_differs(
+    project, beside
+):
+    commit(project, "two studies")
+    before = contents(project / "reports"), contents(project / "data"), (project / "dvc.lock").read_bytes()
+    changes = [[".", "params.yaml:"], ["reports/other/dvc.yaml", "reports/other/params.yaml:"]]
+    for target, params in changes:
+        where = [] if target == "." else [target]
+        output = command(project, "dvc", "exp", "run", *where, "-S", f"{params}runs.tiny_vgg.finetune.lr=0.002")
+        names = [name.rpartition(":")[2] for name in started(output)]
+        assert names == ["check", "finetune@tiny_vgg", "report", "publish"]
+    assert contents(project / "reports") != before[0]
+    for target, params in changes:
+        where = [] if target == "." else [target]
+        output = command(project, "dvc", "exp", "run", *where, "-S", f"{params}runs.tiny_vgg.finetune.lr=0.001")
+        assert [name.rpartition(":")[2] for name in started(output)] == ["publish"]
+    after = contents(project / "reports"), contents(project / "data"), (project / "dvc.lock").read_bytes()
+    assert after == before
+    assert command(project, "git", "status", "--short") == ""
+    assert "up to date" in command(project, "dvc", "status")
+    assert command(project, "dvc", "metrics", "diff", "HEAD") == ""  # DVC reads every study in git's revisions, too
+
+
+def test_a_second_clone_gets_every_study_from_a_remote_and_runs_nothing(project, beside, tmp_path):
+    commit(project, "what was run") if command(project, "git", "status", "--short") else None
+    command(project, "dvc", "remote", "add", "--local", "--default", "shared", str(tmp_path / "remote"))
+    command(project, "dvc", "push")
+    command(tmp_path, "git", "clone", "--quiet", str(project), "clone")
+    clone = tmp_path / "clone"
+    command(clone, "dvc", "remote", "add", "--local", "--default", "shared", str(tmp_path / "remote"))
+    command(clone, "dvc", "pull")
+    assert "up to date" in command(clone, "dvc", "status")
+    assert started(command(clone, "dvc", "repro")) == []
+    assert started(command(clone, "dvc", "repro", "reports/other/dvc.yaml")) == []
+    networks = "data/tiny/train/tiny_vgg/network.safetensors"
+    assert (clone / networks).read_bytes() == (project / networks).read_bytes()
+    assert command(clone, "git", "status", "--short") == ""

@@ -14,11 +14,12 @@ from typer.testing import CliRunner
 
 from utilized_rank import cli, cost
 from utilized_rank.attention import explicit
-from utilized_rank.config import Model, Study, composed, parse_study
+from utilized_rank.config import Model, Study, parse_study
 from utilized_rank.layers import countable
 from utilized_rank.models import ResNet20, build
 from utilized_rank.plan import BACKWARD, PASSES, network_shape, plan, text
 from utilized_rank.store import Store, read_json
+from utilized_rank.studies import composed
 
 ROOT = Path(__file__).parents[1]
 DIGITS = composed("digits", ROOT)
@@ -148,6 +149,7 @@ def executed(notebook: str, **parameters: str) -> Counter:
 def happened(toy, tmp_path_factory) -> dict[tuple[str, str], Counter]:
     """Images that went through the networks of the small study, by stage and run: the notebooks' own code."""
     folder = tmp_path_factory.mktemp("planned")
+    (folder / "conf").mkdir()
     with (folder / "params.yaml").open("w") as file:
         YAML(typ="safe").dump(toy.model_dump(), file)
     threads, rc = torch.get_num_threads(), plt.rcParams.copy()
@@ -221,6 +223,16 @@ def test_the_shape_of_a_network_is_that_of_the_network(model, qkv):
     assert of.moments == sum(8 * layer.groups * layer.m**2 for layer in layers)
     assert of.largest == max(layer.m**2 for layer in layers)
     assert (of.inputs, of.widest) == (sum(flows.values()), max(flows.values()))
+
+
+def test_a_run_that_searches_half_of_the_test_images_reports_the_other_half():
+    study = composed("cifar10", ROOT)
+    halved = plan(study, ROOT).set_index(["stage", "run"]).images
+    data = study.data.model_copy(update={"search_from": "train"})
+    whole = plan(study.model_copy(update={"data": data}), ROOT).set_index(["stage", "run"]).images
+    assert halved["train", "cifar_resnet20"] == 5000 + 5000
+    assert whole["train", "cifar_resnet20"] == 5000 + 10_000
+    assert halved["train", "cifar_vgg11"] == whole["train", "cifar_vgg11"]
 
 
 def test_a_plan_needs_no_image_and_leaves_no_file(tmp_path):

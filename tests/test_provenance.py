@@ -12,7 +12,7 @@ from utilized_rank.provenance import file_hash, parameter_hash, processor, prove
 @pytest.fixture
 def project(tmp_path):
     """A project's code and one file of data."""
-    for name in ("src/package/a.py", "src/b.py", "data/notebooks/1_prepare.ipynb", "data/digits.bin"):
+    for name in ("src/package/a.py", "src/b.py", "data/toy/notebooks/1_prepare.ipynb", "data/digits.bin"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
     return tmp_path
@@ -67,7 +67,7 @@ def test_the_record_is_json_and_the_same_each_time(record):
     ("changed", "entry"),
     [
         ("src/package/a.py", "code"),
-        ("data/notebooks/1_prepare.ipynb", "code"),
+        ("data/toy/notebooks/1_prepare.ipynb", "code"),
         ("data/digits.bin", "data"),
     ],
 )

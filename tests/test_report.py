@@ -1,23 +1,20 @@
 import re
 import shutil
-from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import pytest
+from committed import COMMITTED, LOCKED, ROOT, study_of
 from matplotlib import pyplot as plt
 from matplotlib.collections import PathCollection
 
 from utilized_rank import report, tables
-from utilized_rank.config import composed
 from utilized_rank.figures import study as figures
 from utilized_rank.figures import style
 from utilized_rank.notebooks import STAGES, executed_name, keys_of
-from utilized_rank.store import Store, read_json, read_table
+from utilized_rank.store import Store, read_json, read_table, write_table, write_text
 
-ROOT = Path(__file__).parents[1]
-COMMITTED = sorted(path.parent.name for path in ROOT.glob("reports/*/summary.json"))
 RECORD = {"code": "a hash", "processor": "a <processor>", "system": "s", "python": "3", "packages": {"torch": "2"}}
 
 
@@ -34,7 +31,7 @@ def index(study, store, links=(), record=RECORD) -> str:
     epsilons = sorted(study.measure.epsilons)
     sheets = tables.sheets(study, store, record, steps)
     report.write_index(study, store, sheets, list(links), record, tuned, epsilons[len(epsilons) // 2])
-    return store.report("index.html").read_text()
+    return store.data("pages", "index.html").read_text()
 
 
 @pytest.mark.parametrize(
@@ -135,15 +132,32 @@ def test_the_index_says_in_which_precision_and_on_how_many_images_ranks_were_sea
 
 def test_the_index_shows_latencies_where_there_are_some_and_no_empty_frame_where_there_are_none(studied):
     study, store = studied
-    report.write_latencies(store, tables.latencies(study, store))
+    report.write_latencies(study, store)
     assert not store.report("latencies.html").exists()
     assert "latencies.html" not in index(study, store)
-    timed = pd.DataFrame({"network": ["a<b"], "original, ms": [0.0012], "decomposed, ms": [1234.5]})
-    report.write_latencies(store, timed)
-    assert cells(store.report("latencies.html").read_text()) == [["a&lt;b", "1.2e-03", "1,234.50"]]
+    made = tables.rows(store, "decompose", "vit")
+    low_rank = made[made.form == "decomposed"]
+    times = {"images": 64, "original": 0.0000012, "decomposed": 1.2345, "flops_kept": low_rank.flops / made.flops[0]}
+    write_table(store.data("timings", "decompose-vit.csv"), low_rank[["epsilon", "method"]].assign(**times))
+    shown = index(study, store)
+    report.write_latencies(study, store)
+    rows = cells(store.report("latencies.html").read_text())
+    assert len(rows) == len(low_rank)
+    assert rows[0][0] == "ViT &amp; labels"
+    assert rows[0][4:6] == ["1.2e-03", "1,234.50"]
+    assert index(study, store) == shown
+    assert '<iframe src="latencies.html"' in shown
+    assert '<a href="latencies.html">' in shown
+
+
+def test_pages_are_published_as_they_were_written(studied):
+    study, store = studied
     page = index(study, store)
-    assert '<iframe src="latencies.html"' in page
-    assert '<a href="latencies.html">' in page
+    write_text(store.data("pages", "notebooks", "train-vit.html"), "a page")
+    report.publish(study, store)
+    assert store.report("index.html").read_text() == page
+    assert store.report("notebooks", "train-vit.html").read_text() == "a page\n"
+    assert store.report("results").is_dir()
 
 
 @pytest.mark.parametrize("count", [1, 11, 14])
@@ -168,13 +182,13 @@ def test_figure_3_has_a_mark_for_every_network_however_many(count):
     np.testing.assert_allclose(found, rows[["parameters_kept", "change"]])
 
 
-@pytest.mark.parametrize("name", COMMITTED)
+@pytest.mark.parametrize("name", LOCKED)
 def test_the_committed_index_follows_from_the_committed_results(name, tmp_path):
     committed, again = Store(name, ROOT), Store(name, tmp_path)
     shutil.copytree(committed.report("results"), again.report("results"))
     if committed.report("latencies.html").is_file():
         shutil.copy(committed.report("latencies.html"), again.report())
-    study = composed(name, ROOT)
+    study = study_of(name)
     made = [(stage, key) for stage in STAGES if stage != "report" for key in keys_of(study, stage)]
     links = [
         {
@@ -192,7 +206,7 @@ def test_the_committed_index_follows_from_the_committed_results(name, tmp_path):
 
 @pytest.mark.parametrize("name", COMMITTED)
 def test_the_committed_index_and_overview_are_of_the_same_numbers(name):
-    study, store = composed(name, ROOT), Store(name, ROOT)
+    study, store = study_of(name), Store(name, ROOT)
     used = read_table(ROOT / "reports" / "utilization.csv").query("study == @name")
     table = tables.utilization(study, store).set_index("network")
     assert len(used) == len(table) * len(study.measure.epsilons)

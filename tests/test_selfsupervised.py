@@ -1,5 +1,6 @@
 import copy
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
@@ -92,7 +93,7 @@ def test_images_without_any_difference_cannot_be_told_apart(dataset):
 
 def checkpoint(path, tensors) -> Pretrained:
     write_tensors(path, tensors)
-    given = {"file": str(path), "sha256": file_hash(path), "supervision": "supervised"}
+    given = {"file": path.name, "sha256": file_hash(path), "supervision": "supervised"}
     return Pretrained(method="checkpoint", model=MODEL, **given)
 
 
@@ -101,7 +102,7 @@ def test_the_weights_of_a_checkpoint_are_its_tensors_and_cost_no_training(tmp_pa
     how = checkpoint(tmp_path / "a.safetensors", given)
     untouched = network()
     before = copy.deepcopy(untouched.state_dict())
-    tensors, curve = selfsupervised.initial_weights(untouched, dataset, how, torch.Generator(), "float32")
+    tensors, curve = selfsupervised.initial_weights(untouched, dataset, how, torch.Generator(), "float32", tmp_path)
     assert len(curve) == 0
     assert all(torch.equal(tensors[name], given[name]) for name in given)
     assert all(torch.equal(before[name], value) for name, value in untouched.state_dict().items())
@@ -111,7 +112,7 @@ def test_a_changed_checkpoint_is_refused(tmp_path, dataset):
     how = checkpoint(tmp_path / "a.safetensors", {"x": torch.zeros(1)})
     write_tensors(tmp_path / "a.safetensors", {"x": torch.ones(1)})
     with pytest.raises(StudyError, match="another file"):
-        selfsupervised.initial_weights(network(), dataset, how, torch.Generator(), "float32")
+        selfsupervised.initial_weights(network(), dataset, how, torch.Generator(), "float32", tmp_path)
 
 
 def test_initial_weights_of_simclr_are_pretrained(dataset):
@@ -119,7 +120,7 @@ def test_initial_weights_of_simclr_are_pretrained(dataset):
     encoder = network()
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
-    tensors, curve = selfsupervised.initial_weights(encoder, dataset, SIMCLR, generator, "float32")
+    tensors, curve = selfsupervised.initial_weights(encoder, dataset, SIMCLR, generator, "float32", Path())
     assert len(curve) == SIMCLR.epochs
     assert all(torch.equal(tensors[name], expected[name]) for name in expected)
 
@@ -237,7 +238,7 @@ def test_initial_weights_of_mae_are_pretrained(dataset):
     encoder = vit()
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
-    tensors, curve = selfsupervised.initial_weights(encoder, dataset, MAE, generator, "float32")
+    tensors, curve = selfsupervised.initial_weights(encoder, dataset, MAE, generator, "float32", Path())
     assert len(curve) == MAE.epochs
     assert tensors.keys() == expected.keys()
     assert all(torch.equal(tensors[name], expected[name]) for name in expected)

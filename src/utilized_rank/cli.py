@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
-from .config import StudyError, composed, load_study, project_root
+from .config import Study, StudyError
+from .store import Store, open_study
+from .studies import composed, known_studies, load_study, project_root, study_home
 
 # jsonschema, which reading a notebook imports, would spend a second on the grammar of internationalised
 # addresses. No notebook has one, and every stage would pay.
@@ -21,28 +23,55 @@ def main() -> None:
     """Measure the utilized rank of trained networks (the stages of the study, as DVC runs them)."""
 
 
+StudyName = Annotated[
+    str | None, typer.Option("--study", help="its name; by default the study around the working directory")
+]
+
+
 @app.command()
-def check() -> None:
-    """Check params.yaml, strip the notebooks, and drop results of runs that left the study."""
-    from .notebooks import prune, strip_all
+def study(
+    name: Annotated[str | None, typer.Argument(help="a study of conf/study; without it, they are listed")] = None,
+) -> None:
+    """Lay a study out, or compose its parameters anew after editing conf/."""
+    from .layout import lay_out
 
     root = project_root()
-    study = load_study(root)
-    strip_all(root)
-    for path in prune(study, root):
-        typer.echo(f"removed {path.relative_to(root)}: its run is no longer in study {study.name}")
+    if name is None:
+        typer.echo("\n".join(known_studies(root)))
+        return
+    home, changes = lay_out(root, name)
+    for change in changes:
+        typer.echo(change)
+    place = home.relative_to(root).as_posix()
+    target, params = ("", "") if home == root else (f" {place}/dvc.yaml", f"{place}/params.yaml:")
+    typer.echo(f"study {name}: {'the project itself' if home == root else place}")
+    typer.echo(f"run it:      dvc repro{target}")
+    typer.echo(f"an ablation: dvc exp run{target} -S {params}KEY=VALUE")
+    if home != root:
+        typer.echo(f"git first:   git add conf/study/{name}.yaml {place}  (experiments in a queue see what git knows)")
+
+
+@app.command()
+def check(name: StudyName = None) -> None:
+    """Check a study's parameters, strip the notebooks, and drop results of runs that left the study."""
+    from .notebooks import prune, strip_all
+
+    study, store = _opened(name)
+    strip_all(store)
+    for path in prune(study, store):
+        typer.echo(f"removed {path.relative_to(store.root)}: its run is no longer in study {study.name}")
 
 
 @app.command()
 def plan(
-    name: Annotated[str | None, typer.Argument(help="a study of conf/study; that of params.yaml by default")] = None,
+    name: Annotated[str | None, typer.Argument(help="a study of conf/study; the one laid out here by default")] = None,
 ) -> None:
     """Print what a study will take, before anything runs."""
     from .plan import plan as planned
     from .plan import text
 
     root = project_root()
-    study = load_study(root) if name is None else composed(name, root)
+    study = load_study(study_home(root)) if name is None else composed(name, root)
     typer.echo(f"study {study.name}: {study.title}")
     typer.echo(text(planned(study, root)))
 
@@ -51,15 +80,36 @@ def plan(
 def stage(
     name: Annotated[str, typer.Argument(help="prepare, pretrain, train, measure, ...")],
     key: Annotated[str | None, typer.Argument(help="the run, encoder or comparison that it is for")] = None,
+    of: StudyName = None,
 ) -> None:
     """Execute the notebook of one stage."""
-    root = project_root()
-    study = load_study(root)
+    study, store = _opened(of)
     from .notebooks import STAGES, execute
 
     if name not in STAGES:
         raise StudyError(f"there is no stage {name!r} (known: {', '.join(STAGES)})")
-    execute(root, study, name, key)
+    execute(study, store, name, key)
+
+
+@app.command()
+def publish(name: StudyName = None) -> None:
+    """Put a study's pages into reports/, and write reports/index.html anew, which compares all studies there."""
+    from . import overview, report
+    from .figures import style
+
+    study, store = _opened(name)
+    style.use()
+    report.publish(study, store)
+    overview.write(store.root)
+
+
+def _opened(name: str | None) -> tuple[Study, Store]:
+    """A study that is run by the project's pipeline."""
+    from .layout import check_pipeline
+
+    study, store = open_study(name)
+    check_pipeline(store.root, study_home(store.root, study.name))
+    return study, store
 
 
 def entry() -> None:

@@ -1,20 +1,16 @@
-"""A study's parameters: read from ``params.yaml``, checked whole, and frozen.
+"""A study's parameters: checked whole, and frozen.
 
-Every stage reads its parameters through :func:`load_study`, so a mistyped key or a value out of
-range stops the first stage that runs, before it has done any work.
+A mistyped key or a value out of range stops the first stage that runs, before it has done any work.
 """
 
 from __future__ import annotations
 
 import difflib
-import tempfile
-from collections.abc import Iterator
-from pathlib import Path
+import math
+from collections.abc import Iterable, Iterator
 from typing import Annotated, Any, Literal, cast
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
 Positive = Annotated[int, Field(gt=0)]
 
@@ -59,6 +55,9 @@ class Data(Section):
     """Images held out of training for the rank search: how many, or which part of those that can be split."""
     test: Amount | None = None
     """Likewise for reported numbers only; null where the source has test images of its own."""
+    search_from: Literal["train", "test"] = "train"
+    """Where the search split of a run comes from whose weights are given, and may have seen every training image:
+    ``test`` takes half of the test images, and reports the other half. Networks trained here keep theirs."""
     limit: Positive | None = None
     """Keep this many images, stratified (a shrunken study for tests); all where it is null."""
     workers: Annotated[int, Field(ge=0)] = 2
@@ -68,7 +67,7 @@ class Data(Section):
     def _can_be_had(self) -> Data:
         known = {"sklearn": ["digits"], "torchvision": ["FashionMNIST", "CIFAR10", "CIFAR100"]}.get(self.source)
         if known is not None and self.dataset not in known:
-            raise ValueError(f"{self.source} has no {self.dataset!r}{_suggestion(self.dataset, known)}")
+            raise ValueError(f"{self.source} has no {self.dataset!r}{suggestion(self.dataset, known)}")
         if self.test is not None and self.search < 1 and self.test < 1 and self.search + self.test >= 1:
             raise ValueError("search + test must leave something to train on")
         return self
@@ -80,7 +79,7 @@ OWN_ARCHITECTURES = ("vgg11", "resnet20", "vit")
 def _architecture(name: str) -> str:
     if name not in OWN_ARCHITECTURES and not name.startswith(("timm/", "torchvision/")):
         known = [*OWN_ARCHITECTURES, "timm/NAME", "torchvision/NAME"]
-        raise ValueError(f"there is no {name!r}{_suggestion(name, known)}")
+        raise ValueError(f"there is no {name!r}{suggestion(name, known)}")
     return name
 
 
@@ -175,7 +174,9 @@ class Pretrained(Recipe):
     weights: str | None = None
     """The name that torchvision gives them; timm's is a part of the architecture's name (published)."""
     file: str | None = None
-    """A safetensors file, or one that torch.load reads (checkpoint)."""
+    """A safetensors file, or one that torch.load reads; its path from the project's root (checkpoint)."""
+    url: str | None = None
+    """Where the file is downloaded from when it is not there (checkpoint)."""
     sha256: str | None = None
     """The file's SHA-256, so that another file under its name is noticed (checkpoint)."""
 
@@ -184,11 +185,18 @@ class Pretrained(Recipe):
         given = [value is not None for value in (self.file, self.sha256)]
         if given != 2 * [self.method == "checkpoint"]:
             raise ValueError("file and sha256 belong to method: checkpoint, and it needs both")
+        if self.url is not None and self.method != "checkpoint":
+            raise ValueError("url belongs to method: checkpoint")
         if self.weights is not None and self.method != "published":
             raise ValueError("weights belongs to method: published")
-        if (self.supervision is None) != (self.method in ("simclr", "mae")):
+        if (self.supervision is None) == self.given:
             raise ValueError("supervision belongs to method: checkpoint and published, which need it")
         return self
+
+    @property
+    def given(self) -> bool:
+        """Whether the weights were made elsewhere, on images that this study does not know."""
+        return self.method in ("checkpoint", "published")
 
     @property
     def name(self) -> str:
@@ -228,13 +236,19 @@ class Run(Section):
     finetune: Recipe
 
 
+DEFAULT_EPSILONS = (1.0, 2.0)
+"""Tolerances, in points, of a study that names none."""
+
+
 class Measure(Section):
     """The moment pass and the rank search."""
 
     calibration_images: Positive
     """Training images over which the second moments are taken (all of them where there are fewer)."""
-    epsilons: Annotated[list[Percent], Field(min_length=1)]
-    """Tolerated loss of accuracy on the search split, in percentage points."""
+    _by_default: bool = PrivateAttr(False)
+    epsilons: list[Percent] = []
+    """Tolerated loss of accuracy on the search split, in percentage points; where none is named, 1 and 2, or the finest
+    that the search split resolves (:meth:`resolved`)."""
     criterion: Literal["rank", "utilized", "energy"] = "rank"
     """Search k_S and k_T each on its own; only the smaller of them; or one energy threshold for both."""
     precision: Precision = "auto"
@@ -253,6 +267,23 @@ class Measure(Section):
         if len(set(self.epsilons)) < len(self.epsilons):
             raise ValueError(f"epsilons {self.epsilons} names one twice")
         return self
+
+    def resolved(self, images: int) -> Measure:
+        """With tolerances in place, where none is named: the default ones, none finer than one of ``images``.
+
+        What one image is worth is rounded up to a hundredth of a point.
+        """
+        if self.epsilons:
+            return self
+        finest = math.ceil(100 * 100 / images) / 100
+        found = self.model_copy(update={"epsilons": sorted({max(epsilon, finest) for epsilon in DEFAULT_EPSILONS})})
+        found._by_default = True
+        return found
+
+    @property
+    def by_default(self) -> bool:
+        """Whether the tolerances are the default ones, as :meth:`resolved` found them."""
+        return self._by_default
 
 
 Method = Literal["projection", "optimal", "svd", "compensated"]
@@ -391,9 +422,17 @@ class Repeats(Section):
         return self
 
 
+TAKEN = ("raw", "benchmarks")
+"""Folders of ``data/`` and ``reports/`` that are no study's."""
+
+
 class Study(Section):
     """All parameters of a study."""
 
+    root: str = Field(".", exclude=True)
+    """The project's root, from the study's home: the folder of its parameters and its lock."""
+    params: str = Field("params.yaml", exclude=True)
+    """The file of its parameters, from the root. DVC needs both; neither is a parameter, nor listed as one."""
     name: Name
     title: str
     seed: Annotated[int, Field(ge=0)] = 0
@@ -420,13 +459,20 @@ class Study(Section):
             raise ValueError("\n".join(mistakes))
         return self
 
+    def search_from(self, run: str) -> Literal["train", "test"]:
+        """Which images the search split of ``run`` is of."""
+        made = self.pretrained.get(self.runs[run].pretrained)
+        return self.data.search_from if made is not None and made.given else "train"
+
     def _mistakes(self) -> Iterator[str]:
+        if self.name in TAKEN:
+            yield f"name: {self.name} is taken, since data/ or reports/ has a folder of that name: choose another"
         for name, frontier in self.frontier.items():
             if name not in self.runs:
                 yield _undefined("frontier", name, self.runs)
             for policy in frontier.ranks:
                 if policy.search == "independent" and policy.epsilon not in self.measure.epsilons:
-                    yield f"frontier.{name}.ranks has {policy.name}, a tolerance that measure.epsilons has not"
+                    yield f"frontier.{name}.ranks has {policy.name}, a tolerance that measure.epsilons does not name"
         if FROM_SCRATCH in self.pretrained:
             yield f"pretrained.{FROM_SCRATCH} is taken: it means random weights"
         for name, made in self.pretrained.items():
@@ -451,6 +497,11 @@ class Study(Section):
                 yield _undefined(f"comparisons.{name}.{kind}", run_name, self.runs)
             if not unknown and len({self.runs[run].model.layout for run in kinds.values()}) > 1:
                 yield f"comparisons.{name}: its runs do not share one model"
+            elif not unknown and len({self.search_from(run) for run in kinds.values()}) > 1:
+                yield (
+                    f"comparisons.{name}: data.search_from is test, so some of its runs are reported on half of the "
+                    "test images and others on all of them: compare runs that were all given, or none"
+                )
         for name, repeats in self.repeats.items():
             missing = [run for run in repeats.runs if run not in self.runs]
             yield from (_undefined(f"repeats.{name}.runs", run, self.runs) for run in missing)
@@ -470,73 +521,31 @@ def _misfit(where: str, model: Model, side: int) -> Iterator[str]:
 
 
 def _undefined(where: str, name: str, known: dict[str, Any]) -> str:
-    return f"{where}: there is no {name!r}{_suggestion(name, known)}"
+    return f"{where}: there is no {name!r}{suggestion(name, known)}"
 
 
-def _suggestion(word: str, known: Iterator[str] | dict[str, Any] | list[str]) -> str:
+def suggestion(word: str, known: Iterable[str]) -> str:
+    """The nearest of the ``known`` words, as the end of a message; all of them where none is near."""
     lower = {name.lower(): name for name in known}
     close = difflib.get_close_matches(word.lower(), list(lower), n=1, cutoff=0.5)
     return f"; did you mean {lower[close[0]]!r}?" if close else f" (known: {', '.join(sorted(known))})"
 
 
-def project_root() -> Path:
-    """The working directory or the nearest folder above it that holds ``params.yaml``.
-
-    Raises:
-        StudyError: there is none.
-    """
-    here = Path.cwd()
-    for folder in (here, *here.parents):
-        if (folder / "params.yaml").is_file():
-            return folder
-    raise StudyError(f"no params.yaml in {here} or above it: run this inside the project")
-
-
-def load_study(root: Path | None = None) -> Study:
-    """Read and check ``params.yaml`` in ``root`` (the project around the working directory by default).
-
-    Raises:
-        StudyError: the file is missing, is not YAML, has an unknown key or a value out of range;
-            the message has one line for each mistake.
-    """
-    path = (root or project_root()) / "params.yaml"
-    try:
-        # ruamel reads YAML 1.2, as DVC does; other loaders take 1e-3 for a string.
-        values = YAML(typ="safe").load(path.read_text())
-    except OSError as error:
-        raise StudyError(f"{path.name} cannot be read: {error.strerror}") from error
-    except YAMLError as error:
-        raise StudyError(f"{path.name} is not valid YAML: {error}") from error
-    return parse_study(values)
-
-
-def composed(name: str, root: Path) -> Study:
-    """The study in ``conf/study/<name>.yaml``, whatever ``params.yaml`` holds.
-
-    Raises:
-        StudyError: there is no such study, or as :func:`load_study`.
-    """
-    from dvc.utils.hydra import compose_and_dump
-
-    known = sorted(path.stem for path in (root / "conf" / "study").glob("*.yaml"))
-    if name not in known:
-        raise StudyError(f"conf/study has no {name!r}{_suggestion(name, known)}")
-    with tempfile.TemporaryDirectory() as folder:
-        compose_and_dump(f"{folder}/params.yaml", str(root.absolute() / "conf"), None, "config", "", [f"study={name}"])
-        return load_study(Path(folder))
-
-
-def parse_study(values: Any) -> Study:
+def parse_study(values: Any, where: str = "params.yaml") -> Study:
     """Check ``values``, the content of a ``params.yaml``.
 
+    Args:
+        values: what is checked.
+        where: they come from, for messages.
+
     Raises:
-        StudyError: as :func:`load_study`.
+        StudyError: an unknown key, or a value out of range; the message has one line for each mistake.
     """
     try:
         return Study.model_validate(values)
     except ValidationError as error:
         mistakes = "\n".join(_explain(item) for item in error.errors()).splitlines()
-        lines = [f"params.yaml: {mistake}" for mistake in mistakes]
+        lines = [f"{where}: {mistake}" for mistake in mistakes]
         raise StudyError("\n".join(lines)) from error
 
 
@@ -546,7 +555,7 @@ def _explain(item: Any) -> str:
     where = ".".join(str(part) for part in location) or "the study"
     if item["type"] == "extra_forbidden":
         section = _section_at(location[:-1])
-        return f"unknown key {where}{_suggestion(str(location[-1]), list(section.model_fields))}"
+        return f"unknown key {where}{suggestion(str(location[-1]), list(section.model_fields))}"
     if item["type"] == "value_error":
         return f"{where}: {item['ctx']['error']}" if location else str(item["ctx"]["error"])
     if item["type"] == "missing":

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,8 @@ from torch import Tensor
 
 from . import config
 from .images import Files, Images, Split, stream
-from .store import read_tensors, write_tensors
+from .store import Store, read_tensors, write_tensors
+from .studies import main_root
 
 SPLITS = ("train", "search", "test")
 
@@ -29,6 +30,8 @@ class Dataset:
     mean: list[float]
     """Of each channel over the training split, in [0, 1]."""
     std: list[float]
+    searched: Tensor | None = None
+    """Which test images are the search split of runs whose weights are given, bool (N,); None where none are."""
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -56,6 +59,20 @@ class Dataset:
         if not len(model.mean) == len(model.std) == channels:
             raise config.StudyError(f"mean and std of a model need one value for each of {channels} channels")
         return replace(self, mean=list(model.mean), std=list(model.std))
+
+    def searching_test(self) -> Dataset:
+        """The data set of a run whose weights are given: the test images are its search and its test split."""
+        if self.searched is None:
+            return self
+        test, searched = self.splits["test"], self.searched
+        halves = {"search": test.part(searched.nonzero().flatten()), "test": test.part((~searched).nonzero().flatten())}
+        return replace(self, splits=self.splits | halves, searched=None)
+
+    @property
+    def search_images(self) -> int:
+        """How many images the smallest search split of a run has."""
+        counts = [len(self.splits["search"])] + ([] if self.searched is None else [int(self.searched.sum())])
+        return min(counts)
 
     def inputs(self, split: str, first: int | None = None) -> Inputs:
         """The normalised images of a split (its first ``first`` of them)."""
@@ -109,34 +126,74 @@ def check_resolution(images: int, epsilons: list[float], where: str = "measure.e
             )
 
 
-def save(dataset: Dataset, path: Path) -> None:
-    """Write a data set as one safetensors file: its images, or the names of their files."""
+def tolerances(dataset: Dataset, measure: config.Measure) -> list[float]:
+    """The tolerances of a study, in points: those it names, or default ones that its search splits resolve.
+
+    Says so on standard error where a default one had to give way.
+
+    Raises:
+        StudyError: as :func:`check_resolution`.
+    """
+    images = dataset.search_images
+    check_resolution(images, measure.epsilons)
+    found = measure.resolved(images).epsilons
+    if not measure.epsilons and found != list(config.DEFAULT_EPSILONS):
+        print(
+            f"tolerances are {_points(found)} points in place of {_points(config.DEFAULT_EPSILONS)}: one of the "
+            f"{images} search images is worth {100 / images:.2f} (measure.epsilons names others)",
+            file=sys.stderr,
+        )
+    return found
+
+
+def _points(epsilons: Iterable[float]) -> str:
+    return " and ".join(f"{epsilon:g}" for epsilon in epsilons)
+
+
+def path(store: Store) -> Path:
+    """Where a study's data set lies."""
+    return store.data("prepare", "dataset.safetensors")
+
+
+def save(dataset: Dataset, store: Store) -> None:
+    """Write a study's data set as one safetensors file: its images, or the names of their files."""
+    root = main_root(store.root).absolute()
     tensors = {f"{name}.labels": split.labels for name, split in dataset.splits.items()}
     described: dict[str, Any] = {"classes": dataset.classes, "mean": dataset.mean, "std": dataset.std, "files": {}}
+    if dataset.searched is not None:
+        tensors["test.searched"] = dataset.searched
     for name, split in dataset.splits.items():
         if isinstance(split.images, Tensor):
             tensors[f"{name}.images"] = split.images
             continue
         files = split.images
         tensors[f"{name}.names"] = torch.frombuffer(bytearray("\n".join(files.names).encode()), dtype=torch.uint8)
-        folder = os.path.relpath(files.root.absolute(), path.parent.absolute())
-        described["files"][name] = [folder, files.side, files.crop, files.workers]
-    write_tensors(path, tensors, described)
+        folder = files.root.absolute()
+        # From the project's root, so that the file is the same wherever that lies.
+        where = folder.relative_to(root) if folder.is_relative_to(root) else folder
+        described["files"][name] = [where.as_posix(), files.side, files.crop, files.workers]
+    write_tensors(path(store), tensors, described)
 
 
-def load(path: Path) -> Dataset:
+def load(store: Store) -> Dataset:
     """Read what :func:`save` wrote."""
-    tensors, described = read_tensors(path)
+    tensors, described = read_tensors(path(store))
 
     def images(name: str) -> Images:
         if name not in described["files"]:
             return tensors[f"{name}.images"]
         folder, *how = described["files"][name]
         names = tensors[f"{name}.names"].numpy().tobytes().decode().split("\n")
-        return Files(path.parent / folder, names, *how)
+        return Files(main_root(store.root) / folder, names, *how)
 
     splits = {name: Split(images(name), tensors[f"{name}.labels"]) for name in SPLITS}
-    return Dataset(splits, described["classes"], described["mean"], described["std"])
+    return Dataset(splits, described["classes"], described["mean"], described["std"], tensors.get("test.searched"))
+
+
+def of_run(study: config.Study, store: Store, run: str) -> Dataset:
+    """A study's data set as one run sees it: in its own splits, normalised as its model says."""
+    dataset = load(store).seen_by(study.runs[run].model)
+    return dataset.searching_test() if study.search_from(run) == "test" else dataset
 
 
 def cropped(images: Tensor, pixels: int, generator: torch.Generator) -> Tensor:

@@ -230,29 +230,47 @@ def classifier(network: nn.Module) -> nn.Linear:
     return linear[-1]
 
 
-def read_checkpoint(file: str, sha256: str) -> dict[str, Tensor]:
+def read_checkpoint(path: Path, sha256: str, url: str | None = None) -> dict[str, Tensor]:
     """The tensors of a given file: safetensors, or a state dict that ``torch.load`` reads without running code.
+
+    Args:
+        path: of the file.
+        sha256: its SHA-256, in hexadecimal.
+        url: where it is downloaded from when it is not there.
 
     Raises:
         StudyError: it is missing, is not the file that the study means, or holds something else.
     """
-    path = Path(file)
     if not path.is_file():
-        raise config.StudyError(f"checkpoint {file} is not there: put the file in place, or correct its path")
+        _download(path, sha256, url)
     if (found := file_hash(path)) != sha256:
-        raise config.StudyError(f"checkpoint {file} has SHA-256 {found}, not {sha256}: it is another file")
+        raise config.StudyError(f"checkpoint {path} has SHA-256 {found}, not {sha256}: it is another file")
     try:
         if path.suffix == ".safetensors":
             return read_tensors(path)[0]
         held = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, IndexError, ValueError) as error:
         why = str(error).splitlines() or [type(error).__name__]
-        raise config.StudyError(f"checkpoint {file} cannot be read: {why[0]}") from None
+        raise config.StudyError(f"checkpoint {path} cannot be read: {why[0]}") from None
     for key in ("state_dict", "model"):  # what training scripts wrap it in
         held = held.get(key, held) if isinstance(held, dict) else held
     if not isinstance(held, dict) or not all(isinstance(tensor, Tensor) for tensor in held.values()):
-        raise config.StudyError(f"checkpoint {file} holds no state dict")
+        raise config.StudyError(f"checkpoint {path} holds no state dict")
     return {name.removeprefix("module."): tensor for name, tensor in held.items()}
+
+
+def _download(path: Path, sha256: str, url: str | None) -> None:
+    """Bring a file from ``url`` to ``path``, whole and checked or not at all."""
+    if url is None:
+        raise config.StudyError(f"checkpoint {path} is not there: put the file in place, or correct its path")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        torch.hub.download_url_to_file(url, str(path), sha256, progress=False)
+    except (OSError, RuntimeError) as error:  # RuntimeError: it has another hash
+        raise config.StudyError(
+            f"checkpoint {path} is not there, and cannot be downloaded ({error}). Connect to a network once; or get "
+            f"{url} by other means, with SHA-256 {sha256}, and put it there under that name."
+        ) from None
 
 
 def published(model: config.Model, weights: str | None, shape: Shape, classes: int) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ from nbformat import NotebookNode
 
 from .config import Study, StudyError
 from .store import Store, write_json, write_text
+from .studies import study_home
 
 STAGES: dict[str, tuple[str, str] | None] = {
     "prepare": None,
@@ -31,16 +32,16 @@ STAGES: dict[str, tuple[str, str] | None] = {
 """The stages in their order; the parameter that each notebook takes, and the section of the study with its values."""
 
 
-def source(root: Path, stage: str) -> Path:
+def source(store: Store, stage: str) -> Path:
     """The stripped notebook of ``stage``, which :func:`strip_all` writes."""
-    return root / "data" / "notebooks" / f"{[*STAGES].index(stage) + 1}_{stage}.ipynb"
+    return store.data("notebooks", f"{[*STAGES].index(stage) + 1}_{stage}.ipynb")
 
 
-def strip_all(root: Path) -> None:
-    """Copy ``notebooks/`` to ``data/notebooks/`` without outputs: saving one in Jupyter changes no stage."""
-    for path in sorted((root / "notebooks").glob("*.ipynb")):
+def strip_all(store: Store) -> None:
+    """Copy ``notebooks/`` into the study's data without outputs: saving one in Jupyter changes no stage."""
+    for path in sorted((store.root / "notebooks").glob("*.ipynb")):
         notebook = stripped(nbformat.read(path, as_version=4))
-        write_text(root / "data" / "notebooks" / path.name, nbformat.writes(notebook))
+        write_text(store.data("notebooks", path.name), nbformat.writes(notebook))
 
 
 def stripped(notebook: NotebookNode) -> NotebookNode:
@@ -66,7 +67,7 @@ def keys_of(study: Study, stage: str) -> list[str | None]:
     return [None] if takes is None else [*getattr(study, takes[1])]
 
 
-def execute(root: Path, study: Study, stage: str, key: str | None) -> None:
+def execute(study: Study, store: Store, stage: str, key: str | None) -> None:
     """Execute the notebook of a stage; its executed copy goes to ``data/<study>/executed/``.
 
     While it runs, and when it fails, the copy is named ``.partial.ipynb``.
@@ -77,15 +78,17 @@ def execute(root: Path, study: Study, stage: str, key: str | None) -> None:
     if key not in keys_of(study, stage):
         known = ", ".join(str(k) for k in keys_of(study, stage))
         raise StudyError(f"stage {stage} has no {key!r} in study {study.name} (known: {known})")
-    if not source(root, stage).is_file():
-        raise StudyError(f"{source(root, stage).relative_to(root)} is not there: run `utilized-rank check`")
-    store, name = Store(study.name, root), executed_name(stage, key)
+    notebook, name = source(store, stage), executed_name(stage, key)
+    if not notebook.is_file():
+        raise StudyError(f"{notebook.relative_to(store.root)} is not there: run `utilized-rank check`")
     done = store.data("executed", f"{name}.ipynb")
     partial = done.with_suffix(".partial.ipynb")
     partial.parent.mkdir(parents=True, exist_ok=True)
     takes = STAGES[stage]
     began = time.perf_counter()
-    _papermill(source(root, stage), partial, {} if takes is None else {takes[0]: key}, root)
+    # In the study's home, by which the notebook knows whose parameters to read.
+    home = study_home(store.root, study.name)
+    _papermill(notebook, partial, {} if takes is None else {takes[0]: key}, store.root, home)
     write_text(done, nbformat.writes(_stable(nbformat.read(partial, as_version=4))))
     partial.unlink()
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
@@ -93,7 +96,7 @@ def execute(root: Path, study: Study, stage: str, key: str | None) -> None:
     write_json(store.data("timings", f"{name}.json"), took)
 
 
-def _papermill(path: Path, output: Path, parameters: dict[str, Any], root: Path) -> None:
+def _papermill(path: Path, output: Path, parameters: dict[str, Any], root: Path, cwd: Path) -> None:
     import papermill
     from traitlets.config import Config
 
@@ -114,7 +117,7 @@ def _papermill(path: Path, output: Path, parameters: dict[str, Any], root: Path)
                 parameters,
                 kernel_name="utilized-rank",
                 language="python",
-                cwd=str(root),
+                cwd=str(cwd),
                 progress_bar=False,
                 stderr_file=sys.stderr,
                 record_timing=False,
@@ -139,14 +142,13 @@ def _stable(notebook: NotebookNode) -> NotebookNode:
     return result
 
 
-def prune(study: Study, root: Path) -> list[Path]:
+def prune(study: Study, store: Store) -> list[Path]:
     """Remove the results of runs that the study no longer has; returns what was removed.
 
     The report stage depends on whole folders: a run that left the study must not linger there.
     Git and the DVC cache still have what was committed.
     """
     names = {executed_name(stage, key) for stage in STAGES for key in keys_of(study, stage)}
-    store = Store(study.name, root)
     files = [*store.data("executed").glob("*.ipynb"), *store.report("results").glob("*.*")]
     gone = [path for path in files if path.name.split(".")[0] not in names]
     for path in gone:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import pandas as pd
@@ -75,6 +75,10 @@ class Scale:
     kept: int
     """Bytes of the images, where they are kept as one array."""
 
+    def searching_test(self) -> Scale:
+        """Of a run whose search split is half of the test images."""
+        return replace(self, search=self.test // 2, test=self.test - self.test // 2)
+
     @property
     def base(self) -> float:
         """MiB of a process that holds the images."""
@@ -105,21 +109,27 @@ def plan(study: Study, root: Path) -> pd.DataFrame:
     Raises:
         StudyError: a folder or an architecture is not there.
     """
-    scale = _scale(study, root)
+    everything = _scale(study, root)
+    study = study.model_copy(update={"measure": study.measure.resolved(everything.search)})
+    scales = {
+        name: everything.searching_test() if study.search_from(name) == "test" else everything for name in study.runs
+    }
     split = study.measure.qkv == "split"
-    needs = {("prepare", ""): _prepare(scale)}
+    needs = {("prepare", ""): _prepare(everything)}
     for name, made in study.pretrained.items():
-        of = network_shape(made.model, scale.shape, scale.classes, split=False)
-        needs["pretrain", name] = _pretrain(made, of, scale)
+        of = network_shape(made.model, everything.shape, everything.classes, split=False)
+        needs["pretrain", name] = _pretrain(made, of, everything)
+    shapes = {
+        name: network_shape(run.model, everything.shape, everything.classes, split) for name, run in study.runs.items()
+    }
     for name, run in study.runs.items():
-        of = network_shape(run.model, scale.shape, scale.classes, split)
+        of, scale = shapes[name], scales[name]
         needs["train", name] = _train(run.train, of, scale)
         needs["measure", name] = _measure(study.measure, of, scale)
         needs["decompose", name] = _decompose(study, of, scale)
         needs["finetune", name] = _finetune(study, run.finetune, of, scale)
     for name, asked in study.frontier.items():
-        of = network_shape(study.runs[name].model, scale.shape, scale.classes, split)
-        needs["frontier", name] = _frontier(asked, study.measure.memory, of, scale)
+        needs["frontier", name] = _frontier(asked, study.measure.memory, shapes[name], scales[name])
     return pd.DataFrame([{"stage": stage, "run": run, **asdict(need)} for (stage, run), need in needs.items()])
 
 

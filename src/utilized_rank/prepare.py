@@ -64,7 +64,8 @@ def split_counts(images: int, classes: int, data: Data, own_test: bool) -> dict[
     if not own_test and data.test is None:
         raise StudyError("the source has no test images of its own: say in data.test how many to take")
     total = min(data.limit or images, images)
-    counts = {name: _number(given, total) for name, given in (("search", data.search), ("test", data.test)) if given}
+    asked = (("search", data.search), ("test", data.test))
+    counts = {name: _number(given, total, classes) for name, given in asked if given}
     counts = {"train": total - sum(counts.values()), **counts}
     if short := [name for name, count in counts.items() if count < classes]:
         shares = ", ".join(f"{count} for {name}" for name, count in counts.items())
@@ -75,9 +76,9 @@ def split_counts(images: int, classes: int, data: Data, own_test: bool) -> dict[
     return counts
 
 
-def _number(given: float, total: int) -> int:
-    """Of images, from a number or a fraction of ``total``."""
-    return math.ceil(given * total) if given < 1 else int(given)
+def _number(given: float, total: int, classes: int) -> int:
+    """Of images, from a number; or from a fraction of ``total``, which is one image a class at least."""
+    return max(math.ceil(given * total), classes) if given < 1 else int(given)
 
 
 def build(data: Data, seed: int, root: Path) -> tuple[Dataset, dict[str, list[int]]]:
@@ -86,7 +87,7 @@ def build(data: Data, seed: int, root: Path) -> tuple[Dataset, dict[str, list[in
     Args:
         data: which, and how it is split.
         seed: of the split.
-        root: the project's root, that paths are relative to.
+        root: the project's root.
 
     Raises:
         StudyError: the source cannot be reached, or has a label out of range, or a split lacks a class.
@@ -103,8 +104,28 @@ def build(data: Data, seed: int, root: Path) -> tuple[Dataset, dict[str, list[in
         splits["test"], indices["test"] = source.test.part(kept), kept.numpy()
     for name, split in splits.items():
         _check_labels(name, split.labels, source.classes)
-    dataset = Dataset({name: splits[name] for name in SPLITS}, source.classes, *_statistics(splits["train"].images))
-    return dataset, {name: indices[name].tolist() for name in SPLITS}
+    statistics = _statistics(splits["train"].images)
+    searched = None
+    if data.search_from == "test":
+        searched = _half(splits["test"].labels, source.classes, seed)
+        indices |= {"test_searched": indices["test"][searched], "test_reported": indices["test"][~searched]}
+    dataset = Dataset({name: splits[name] for name in SPLITS}, source.classes, *statistics, searched)
+    return dataset, {name: rows.tolist() for name, rows in indices.items()}
+
+
+def _half(labels: Tensor, classes: list[str], seed: int) -> Tensor:
+    """A stratified half of the test images, bool (N,): the search split of runs whose weights are given.
+
+    Raises:
+        StudyError: a class has one test image, which cannot be in both halves.
+    """
+    from sklearn.model_selection import train_test_split
+
+    _check_labels("test", labels, classes, 2, "data.search_from is test, so each half needs one")
+    _, rows = train_test_split(np.arange(len(labels)), test_size=len(labels) // 2, stratify=labels, random_state=seed)
+    searched = torch.zeros(len(labels), dtype=torch.bool)
+    searched[torch.from_numpy(rows)] = True
+    return searched
 
 
 def _statistics(images: Images) -> tuple[list[float], list[float]]:
@@ -119,13 +140,13 @@ def _statistics(images: Images) -> tuple[list[float], list[float]]:
     return mean.tolist(), std.tolist()
 
 
-def _check_labels(whose: str, labels: Tensor, classes: list[str], fewest: int = 1) -> None:
+def _check_labels(
+    whose: str, labels: Tensor, classes: list[str], fewest: int = 1, why: str = "one for each split"
+) -> None:
     """Refuse labels that name no class, and classes of fewer than ``fewest`` images."""
     if outside := sorted({label for label in labels.tolist() if not 0 <= label < len(classes)}):
         raise StudyError(f"{whose} images have label {outside[0]}, but there are {len(classes)} classes")
     counts = torch.bincount(labels, minlength=len(classes))
     if (counts < fewest).any():
         rare = int(counts.argmin())
-        raise StudyError(
-            f"{whose} images have {int(counts[rare])} of class {classes[rare]}: it needs {fewest}, one for each split"
-        )
+        raise StudyError(f"{whose} images have {int(counts[rare])} of class {classes[rare]}: it needs {fewest}, {why}")

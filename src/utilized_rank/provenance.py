@@ -54,7 +54,7 @@ def provenance(study: Study, data: list[Path], root: Path) -> dict[str, Any]:
     A git revision is left out on purpose: committing the record would change it.
     """
     root = root.absolute()
-    code = [*root.glob("src/**/*.py"), *root.glob("data/notebooks/*.ipynb")]  # the notebooks as they run
+    code = [*root.glob("src/**/*.py"), *root.glob(f"data/{study.name}/notebooks/*.ipynb")]  # the notebooks as they run
     return {
         "study": study.name,
         "title": study.title,

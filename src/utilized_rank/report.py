@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import re
+import shutil
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,11 @@ from nbconvert import HTMLExporter
 from pygments.formatters import HtmlFormatter
 
 from .config import Study
+from .figures import style
+from .figures.frontier import latency
 from .notebooks import STAGES, executed_name, keys_of
 from .store import Store, write_text
-from .tables import mlu_column, result
+from .tables import latencies, mlu_column, result, timed
 
 TEMPLATES = Path(str(files("utilized_rank") / "templates"))
 FORMULA = re.compile(r"\$\$(.+?)\$\$|\$(?!\s)([^$\n]+?)(?<!\s)\$", re.DOTALL)
@@ -73,7 +76,7 @@ def write_notebook_pages(study: Study, store: Store) -> list[dict[str, str]]:
             name = executed_name(stage, key)
             title = STAGE_TITLES[stage] + (f": {key}" if key else "")
             page = notebook_page(store.data("executed", f"{name}.ipynb"), title)
-            write_text(store.report("notebooks", f"{name}.html"), page)
+            write_text(store.data("pages", "notebooks", f"{name}.html"), page)
             links.append({"title": title, "href": f"notebooks/{name}.html"})
     return links
 
@@ -142,23 +145,26 @@ def write_index(
         sheets=sheets,
         epsilon=epsilon,
         notebooks=links,
-        timed=store.report("latencies.html").is_file(),
+        timed=store.report("latencies.html").is_file() or len(latencies(study, store)) > 0,
         provenance=_flat(record),
     )
-    write_text(store.report("index.html"), page)
+    write_text(store.data("pages", "index.html"), page)
 
 
-def write_latencies(store: Store, table: pd.DataFrame, picture: str = "") -> None:
+def publish(study: Study, store: Store) -> None:
+    """Copy the pages to where git keeps them, and write the one of latencies beside them."""
+    shutil.copytree(store.data("pages"), store.report(), dirs_exist_ok=True)
+    write_latencies(study, store)
+
+
+def write_latencies(study: Study, store: Store) -> None:
     """Write ``latencies.html``, which the index shows; nothing where nothing was timed here.
 
     A page of its own: it differs from one execution to the next, and the index must not.
-
-    Args:
-        store: the study's folders.
-        table: as ``tables.latencies`` gives it.
-        picture: SVG above it.
     """
+    table, compared = latencies(study, store), timed(study, store)
     if len(table):
+        picture = style.markup(latency(compared)) if len(compared) else ""
         page = (
             '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Latency</title>'
             f"<style>{css()}</style></head><body>{picture}{table_html(table)}</body></html>"

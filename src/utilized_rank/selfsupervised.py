@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, cast
 
 import pandas as pd
@@ -20,20 +21,34 @@ from torch import Tensor, nn
 from .config import Precision, Pretrained, StudyError
 from .data import Dataset
 from .models import classifier, published, read_checkpoint
+from .studies import main_root
 from .training import fit
 
 
 def initial_weights(
-    network: nn.Module, dataset: Dataset, recipe: Pretrained, generator: torch.Generator, precision: Precision
+    network: nn.Module,
+    dataset: Dataset,
+    recipe: Pretrained,
+    generator: torch.Generator,
+    precision: Precision,
+    root: Path,
 ) -> tuple[dict[str, Tensor], pd.DataFrame]:
     """The tensors that a run starts from, and the curve of making them (empty where they are given).
+
+    Args:
+        network: of that architecture; trained where weights are made here.
+        dataset: what it is trained on.
+        recipe: how weights are made, or where they are.
+        generator: of random numbers.
+        precision: of the arithmetic.
+        root: the project's root, that the path of a given file is relative to.
 
     Raises:
         StudyError: given weights cannot be had, or the network has no tokens to mask.
     """
     uncurved = pd.DataFrame(columns=["epoch", "lr", "loss"])
     if recipe.file is not None and recipe.sha256 is not None:
-        return read_checkpoint(recipe.file, recipe.sha256), uncurved
+        return read_checkpoint(main_root(root) / recipe.file, recipe.sha256, recipe.url), uncurved
     if recipe.method == "published":
         return published(recipe.model, recipe.weights, dataset.shape, len(dataset.classes)), uncurved
     make = {"simclr": pretrain_simclr, "mae": pretrain_mae}[recipe.method]

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .config import Data, StudyError
 from .images import CHANNELS, Files, Split, array
+from .studies import main_root
 
 RAW = Path("data", "raw")
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
@@ -36,12 +37,12 @@ class Source:
 
 
 def read(data: Data, root: Path) -> Source:
-    """All images of the source that ``data`` names.
+    """All images of the source that ``data`` names, in the project at ``root``.
 
     Raises:
         StudyError: they cannot be reached, or are not what an image folder must be; says what to do.
     """
-    return {"sklearn": _sklearn, "torchvision": _torchvision, "folder": _folder}[data.source](data, root)
+    return {"sklearn": _sklearn, "torchvision": _torchvision, "folder": _folder}[data.source](data, main_root(root))
 
 
 def _sklearn(data: Data, root: Path) -> Source:
@@ -189,7 +190,7 @@ def size(data: Data, root: Path) -> Size:
     Raises:
         StudyError: the folder is none.
     """
-    folder = root / (data.dataset if data.source == "folder" else RAW / data.dataset)
+    folder = main_root(root) / (data.dataset if data.source == "folder" else RAW / data.dataset)
     if data.source == "sklearn" or (data.source == "torchvision" and not (folder / "train").is_dir()):
         return PUBLISHED[data.dataset]
     listed = _image_folder(data.model_copy(update={"image_size": SMALL + 1}), folder)

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .config import Study, load_study, project_root
+from .config import Study, StudyError
+from .studies import load_study, project_root, study_home
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -42,15 +43,32 @@ class Store:
         return self.root.joinpath("reports", self.study, *parts)
 
 
-def open_study() -> tuple[Study, Store]:
-    """The parameters and folders of the study of the project around the working directory.
+def open_study(name: str | None = None) -> tuple[Study, Store]:
+    """The parameters and folders of a study: the one around the working directory, or the one of that name.
+
+    Tolerances that it leaves to its search split are in place as soon as the images are split.
 
     Raises:
-        StudyError: as :func:`utilized_rank.config.load_study`.
+        StudyError: as :func:`utilized_rank.studies.study_home` and :func:`utilized_rank.studies.load_study`; or the
+            parameters are another study's.
     """
     root = project_root()
-    study = load_study(root)
-    return study, Store(study.name, root)
+    home = study_home(root, name)
+    study = load_study(home)
+    params = (home / "params.yaml").relative_to(root).as_posix()
+    if study.params != params or study.name != (name or study.name):
+        raise StudyError(
+            f"{params} says name: {study.name} and params: {study.params}, which it is not: "
+            f"run `utilized-rank study {name or home.name}`"
+        )
+    store = Store(study.name, root)
+    splits = store.data("prepare", "splits.json")
+    if not study.measure.epsilons and splits.is_file():
+        indices = read_json(splits)
+        smallest = min(len(indices[name]) for name in ("search", "test_searched") if name in indices)
+        measure = study.measure.resolved(smallest)
+        study = study.model_copy(update={"measure": measure})
+    return study, store
 
 
 @contextmanager

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
-from .config import FROM_SCRATCH, Comparison, Run, Study
+from .config import DEFAULT_EPSILONS, FROM_SCRATCH, Comparison, Run, Study
 from .store import Store, read_json, read_table
 
 METHOD_NAMES = {
@@ -17,6 +18,8 @@ METHOD_NAMES = {
     "compensated": "compensated",
     "scratch": "from random weights",
 }
+SEARCHED = {"train": "held out of training", "test": "half of the test images, which are not reported on"}
+"""Search splits, by the images that they are of."""
 
 
 def result(store: Store, stage: str, key: str) -> Any:
@@ -45,6 +48,11 @@ def supervision(study: Study, run: Run) -> str:
     return study.pretrained[run.pretrained].supervision or "self-supervised"
 
 
+def searches_test(study: Study) -> bool:
+    """Whether the search split of any run is of the test images: tables then say of each which it is."""
+    return any(study.search_from(key) == "test" for key in study.runs)
+
+
 def mlu_column(epsilon: float) -> str:
     """The heading of a column of mean layer utilization."""
     return f"MLU % (ε = {epsilon:g})"
@@ -64,6 +72,7 @@ def utilization(study: Study, store: Store) -> pd.DataFrame:
                 "parameters": trained["parameters"],
                 "test accuracy %": trained["test_accuracy"],
                 "test images": trained["test_images"],
+                **({"search split": SEARCHED[study.search_from(key)]} if searches_test(study) else {}),
                 **mlu,
                 "layers counted": measured["layers_counted"],
                 "left out": len(measured["left_out"]),
@@ -129,32 +138,43 @@ def compression(all_steps: pd.DataFrame, method: str) -> pd.DataFrame:
     )
 
 
-def latencies(study: Study, store: Store) -> pd.DataFrame:
-    """How long each low-rank network takes beside its original, as measured when it was made.
+def timings(store: Store, stage: str, key: str) -> pd.DataFrame:
+    """How long the low-rank networks took that ``decompose`` or ``frontier`` made of one run, as measured here.
 
-    One row a network, choice of ranks and method, from the timings of ``decompose`` and ``frontier``; empty where
-    they are not there.
+    Columns as in ``decompose.latency``, with method, and epsilon or ranks; empty where nothing was timed here. Results
+    may have come from a cache since: times of networks that are not those of the results are left out.
     """
-    timings = [(store.data("timings", f"latencies-{key}.csv"), run) for key, run in study.runs.items()]
-    timings += [(store.data("timings", f"frontier-{key}.csv"), study.runs[key]) for key in study.frontier]
+    path = store.data("timings", f"{stage}-{key}.csv")
+    if not path.is_file():
+        return pd.DataFrame()
+    made = rows(store, stage, key)
+    of = ["ranks" if "ranks" in made else "epsilon", "method"]
+    kept = made[made.form == "decomposed"].assign(kept=made.flops / made[made.form == "original"].flops.iloc[0])
+    times = read_table(path).merge(kept[[*of, "kept"]], on=of)
+    return times[np.isclose(times.flops_kept, times.kept)].drop(columns="kept")
+
+
+def latencies(study: Study, store: Store) -> pd.DataFrame:
+    """How long each low-rank network takes beside its original: one row a network, choice of ranks and method."""
     parts = []
-    for path, run in timings:
-        if path.is_file():
-            timed = read_table(path)
-            parts.append(
-                pd.DataFrame(
-                    {
-                        "network": run.label,
-                        "ranks": timed.ranks if "ranks" in timed else [f"ε = {e:g}" for e in timed.epsilon],
-                        "weights": timed.method.map(METHOD_NAMES),
-                        "images at a time": timed.images,
-                        "original, ms": 1000 * timed.original,
-                        "decomposed, ms": 1000 * timed.decomposed,
-                        "time kept %": 100 * timed.decomposed / timed.original,
-                        "FLOPs kept %": 100 * timed.flops_kept,
-                    }
+    for stage, keys in (("decompose", study.runs), ("frontier", study.frontier)):
+        for key in keys:
+            timed = timings(store, stage, key)
+            if len(timed):
+                parts.append(
+                    pd.DataFrame(
+                        {
+                            "network": study.runs[key].label,
+                            "ranks": timed.ranks if "ranks" in timed else [f"ε = {e:g}" for e in timed.epsilon],
+                            "weights": timed.method.map(METHOD_NAMES),
+                            "images at a time": timed.images,
+                            "original, ms": 1000 * timed.original,
+                            "decomposed, ms": 1000 * timed.decomposed,
+                            "time kept %": 100 * timed.decomposed / timed.original,
+                            "FLOPs kept %": 100 * timed.flops_kept,
+                        }
+                    )
                 )
-            )
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
 
 
@@ -162,9 +182,8 @@ def timed(study: Study, store: Store) -> pd.DataFrame:
     """The frontier's networks before training whose time was taken here: their results, label and time_kept."""
     parts = []
     for key in study.frontier:
-        path = store.data("timings", f"frontier-{key}.csv")
-        if path.is_file():
-            times = read_table(path)
+        times = timings(store, "frontier", key)
+        if len(times):
             times["time_kept"] = times.decomposed / times.original
             made = rows(store, "frontier", key)
             made = made[made.form == "decomposed"].assign(label=study.runs[key].label)
@@ -395,18 +414,22 @@ def settings(study: Study, store: Store, record: dict[str, Any]) -> pd.DataFrame
         store: its folders.
         record: the provenance.
     """
-    looked_at = {key: _looked_at(store, key) for key in study.runs}
-    machine = {key: record[key] for key in ("processor", "system", "python", "packages")}
-    flat = _flatten(study.model_dump(), "") | _flatten({"runs": looked_at, "machine": machine}, "found: ")
+    found: dict[str, Any] = {"runs": {key: _looked_at(study, store, key) for key in study.runs}}
+    if study.measure.by_default:
+        by_default = f"by default {[*DEFAULT_EPSILONS]}, none finer than one search image"
+        found["tolerances"] = f"{study.measure.epsilons}: {by_default}"
+    found["machine"] = {key: record[key] for key in ("processor", "system", "python", "packages")}
+    flat = _flatten(study.model_dump(), "") | _flatten(found, "found: ")
     return pd.DataFrame({"parameter": list(flat), "value": [_text(value) for value in flat.values()]})
 
 
-def _looked_at(store: Store, key: str) -> dict[str, Any]:
+def _looked_at(study: Study, store: Store, key: str) -> dict[str, Any]:
     """How many images, evaluations and passes one run's numbers rest on."""
     trained, measured = result(store, "train", key), result(store, "measure", key)
     return {
         "calibration images": measured["calibration_images"],
         "search images": measured["search_images"],
+        **({"search split": SEARCHED[study.search_from(key)]} if searches_test(study) else {}),
         "test images": trained["test_images"],
         "evaluations of the rank search": measured["evaluations"],
         "passes of the search split": round(measured["passes_of_the_search_split"], 1),
