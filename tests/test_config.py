@@ -338,6 +338,8 @@ SUPERVISION = "supervision belongs to method: checkpoint and published, which ne
         ({"method": "published", "supervision": "with labels"}, "pretrained.simclr_vit.supervision is 'with labels'"),
         ({"method": "published", "supervision": "supervised", "file": "a", "sha256": "0"}, "file and sha256 belong"),
         (CHECKPOINT | {"supervision": "supervised", "sha256": None}, "it needs both"),
+        (CHECKPOINT | {"supervision": "supervised", "url": "https://example.org/a"}, None),
+        ({"method": "mae", "url": "https://example.org/a"}, "url belongs to method: checkpoint"),
     ],
 )
 def test_given_weights_say_how_they_were_made_and_those_made_here_do_not(parameters, made, refused):
@@ -418,3 +420,29 @@ def test_repeats_are_two_runs_of_the_study_at_least(parameters, runs, expected):
 @pytest.mark.parametrize("content", [None, [], "text", 3])
 def test_something_other_than_a_mapping_is_refused(content):
     assert message(content).startswith("params.yaml: the study is ")
+
+
+@pytest.mark.parametrize("name", ["raw", "benchmarks"])
+def test_a_study_does_not_take_the_name_of_another_folder(parameters, name):
+    assert f"name: {name} is taken" in message(changed(parameters, "name", name))
+
+
+@pytest.mark.parametrize("kind", ["supervised", "linear", "finetuned"])
+def test_runs_that_are_reported_on_other_images_are_not_compared(parameters, kind):
+    """Where the search split of given weights is of the test images, they are reported on the other half."""
+    given = {"method": "published", "supervision": "supervised", "model": {"architecture": "vit"}}
+    parameters["pretrained"]["given"] = given
+    run = parameters["runs"]["vit_linear"]
+    parameters["runs"]["given"] = {**run, "label": "given", "pretrained": "given"}
+    parameters["comparisons"]["vit"][kind] = "given"
+    parse_study(parameters)
+    parameters["data"]["search_from"] = "test"
+    assert "comparisons.vit: data.search_from is test, so some of its runs are reported on half" in message(parameters)
+    parameters["comparisons"]["vit"] |= dict.fromkeys(["supervised", "linear", "finetuned"], "given")
+    parse_study(parameters)
+
+
+def test_a_tolerance_of_independent_ranks_is_named(parameters):
+    parameters["measure"]["epsilons"] = []
+    parameters["frontier"] = {"vgg11": FRONTIER | {"ranks": [{"search": "independent", "epsilon": 1.0}]}}
+    assert "a tolerance that measure.epsilons does not name" in message(parameters)

@@ -12,9 +12,9 @@ from ruamel.yaml import YAML
 from test_pipeline import ROOT, command, copied, started
 
 from utilized_rank import data
-from utilized_rank.config import load_study
 from utilized_rank.sources import DEBIAN
 from utilized_rank.store import Store, read_json, read_table
+from utilized_rank.studies import load_study
 
 README = (ROOT / "README.md").read_text().split("### Your own images")[1].split("\n## ")[0]
 COLOURS = {"blue": (30, 60, 200), "green": (40, 180, 60), "red": (210, 50, 40)}

@@ -10,6 +10,7 @@ from pathlib import Path
 import matplotlib as mpl
 import nbformat
 import pytest
+from dvc.utils.serialize import dump_yaml
 from ruamel.yaml import YAML
 
 from utilized_rank import overview
@@ -75,8 +76,7 @@ def with_run(name: str, **changes: object) -> dict:
 
 
 def write_params(project: Path, study: dict) -> None:
-    with (project / "params.yaml").open("w") as file:
-        YAML(typ="safe").dump({"root": ".", "params": "params.yaml"} | study, file)
+    dump_yaml(project / "params.yaml", {"root": ".", "params": "params.yaml"} | study)  # to the bytes that DVC writes
 
 
 def command(project: Path, *words: str, ok: bool = True) -> str:

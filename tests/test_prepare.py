@@ -56,6 +56,14 @@ def test_counts_are_those_of_the_splits_and_fractions_are_of_what_the_limit_keep
     assert split_counts(220, 4, how(search=19, test=None), True) == {"train": 201, "search": 19}
 
 
+@pytest.mark.parametrize("each", [3, 4, 5, 9])
+def test_a_folder_of_a_few_images_has_one_of_each_class_in_every_split(each):
+    labels = np.repeat(np.arange(4), each)
+    splits = split_indices(labels, how(search=0.2, test=0.2), 0, own_test=False)
+    assert sorted(np.concatenate(list(splits.values()))) == list(range(4 * each))
+    assert all(set(labels[rows]) == set(range(4)) for rows in splits.values())
+
+
 @pytest.mark.parametrize("limit", [110, 217, 219, 220, 10_000])
 def test_a_limit_keeps_that_many_images_stratified(limit):
     splits = split_indices(LABELS, how(limit=limit), 0, own_test=False)
@@ -75,10 +83,10 @@ def test_the_seed_decides_the_splits():
 @pytest.mark.parametrize(
     ("changes", "own_test", "said"),
     [
-        ({"limit": 10}, False, r"10 images are too few \(5 for train, 2 for search, 3 for test\).* of 4 classes"),
+        ({"limit": 10}, False, r"10 images are too few \(2 for train, 4 for search, 4 for test\).* of 4 classes"),
         ({"search": 3}, False, r"search has fewer; change data\.limit, data\.search or data\.test"),
         ({"search": 170, "test": 50}, False, r"0 for train, 170 for search, 50 for test.* train has fewer"),
-        ({"test": 0.01}, False, "test has fewer"),
+        ({"test": 3}, False, "test has fewer"),
         ({"test": None}, False, "no test images of its own: say in data.test how many"),
         ({"test": 0.2}, True, "has test images of its own: leave data.test away"),
     ],
@@ -216,3 +224,30 @@ def test_a_file_that_is_no_image_stops_the_building_and_is_named(image_folder, t
         build(data, 0, tmp_path)
     assert "is not a whole image" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+HALVED = FRUIT.model_copy(update={"search_from": "test"})
+
+
+def test_half_of_the_test_images_stratified_is_for_networks_whose_weights_are_given(monkeypatch):
+    monkeypatch.setattr(prepare, "read", lambda data, root: drawn([20, 12, 8], own=[10, 6, 4]))
+    dataset, indices = build(HALVED, 0, Path())
+    test = dataset.labels("test")
+    assert (
+        torch.bincount(test[dataset.searched]).tolist() == torch.bincount(test[~dataset.searched]).tolist() == [5, 3, 2]
+    )
+    assert sorted(indices["test_searched"] + indices["test_reported"]) == indices["test"]
+    assert [indices["test"][i] for i in dataset.searched.nonzero().flatten()] == indices["test_searched"]
+    _, again = build(HALVED, 0, Path())
+    _, other = build(HALVED, 1, Path())
+    assert again == indices
+    assert other["test_searched"] != indices["test_searched"]
+    plain, without = build(FRUIT, 0, Path())
+    assert plain.searched is None
+    assert without == {name: indices[name] for name in SPLITS}
+
+
+def test_a_class_with_a_single_test_image_cannot_be_in_both_halves(monkeypatch):
+    monkeypatch.setattr(prepare, "read", lambda data, root: drawn([20, 12, 8], own=[10, 6, 1]))
+    with pytest.raises(StudyError, match=r"test images have 1 of class class 2: .* data\.search_from is test"):
+        build(HALVED, 0, Path())

@@ -60,7 +60,8 @@ def study_home(root: Path, name: str | None = None) -> Path:
     own = root / "reports" / name
     if (own / "params.yaml").is_file():
         return own
-    if _read_yaml(root / "params.yaml").get("name") == name:
+    default = _read_yaml(root / "params.yaml")
+    if isinstance(default, dict) and default.get("name") == name:
         return root
     if name in known_studies(root):
         raise StudyError(f"study {name} is not laid out yet: run `utilized-rank study {name}`")
