@@ -10,10 +10,10 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from utilized_rank.figures import style
-from utilized_rank.layers import countable
-from utilized_rank.moments import input_moments
-from utilized_rank.subspaces import principal
+from utilized_rank.ranks.layers import countable
+from utilized_rank.ranks.moments import input_moments
+from utilized_rank.ranks.subspaces import principal
+from utilized_rank.report.figures import style
 
 from .setting import SEED, Setting
 

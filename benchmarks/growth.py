@@ -12,13 +12,13 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
-from utilized_rank.figures import style
-from utilized_rank.layers import countable
-from utilized_rank.measure import layer_ranks
-from utilized_rank.moments import input_moments
-from utilized_rank.projection import bases
-from utilized_rank.runtime import autocast, resolved
-from utilized_rank.trials import Trials
+from utilized_rank.networks.precision import autocast, resolved
+from utilized_rank.ranks.layers import countable
+from utilized_rank.ranks.moments import input_moments
+from utilized_rank.ranks.projection import bases
+from utilized_rank.ranks.trials import Trials
+from utilized_rank.report.figures import style
+from utilized_rank.stages.measure import layer_ranks
 
 from .setting import NETWORKS, Setting, setting
 

@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from utilized_rank.layers import Layer
-from utilized_rank.projection import projected, replaced
-from utilized_rank.rank_search import Ranks, search
-from utilized_rank.subspaces import Subspace
+from utilized_rank.ranks.layers import Layer
+from utilized_rank.ranks.projection import projected, replaced
+from utilized_rank.ranks.rank_search import Ranks, search
+from utilized_rank.ranks.subspaces import Subspace
 
 
 @dataclass

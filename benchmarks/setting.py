@@ -11,10 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from utilized_rank import config, models, prepare, training
-from utilized_rank.data import Dataset
-from utilized_rank.images import Split
-from utilized_rank.store import read_tensors, write_network
+from utilized_rank.datasets import prepare
+from utilized_rank.datasets.data import Dataset
+from utilized_rank.datasets.images import Split
+from utilized_rank.study import config
+from utilized_rank.study.store import read_tensors, write_network
+from utilized_rank.training import loop as training
+from utilized_rank.training import models
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"

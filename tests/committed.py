@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from utilized_rank.config import Study
-from utilized_rank.studies import composed
+from utilized_rank.study.config import Study
+from utilized_rank.study.homes import composed
 
 ROOT = Path(__file__).parents[1]
 COMMITTED = sorted(path.parent.name for path in ROOT.glob("reports/*/summary.json"))

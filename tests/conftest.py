@@ -14,9 +14,10 @@ from hypothesis import settings
 from PIL import Image
 from torch import Tensor, nn
 
-from utilized_rank import config, models
-from utilized_rank.data import Dataset, Split
-from utilized_rank.store import Store, write_json, write_table
+from utilized_rank.datasets.data import Dataset, Split
+from utilized_rank.study import config
+from utilized_rank.study.store import Store, write_json, write_table
+from utilized_rank.training import models
 
 # The same examples each time, however slow the machine.
 settings.register_profile("seeded", deadline=None, derandomize=True)

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from utilized_rank import allocation
-from utilized_rank.allocation import Allocation, Options
+from utilized_rank.compression import allocation
+from utilized_rank.compression.allocation import Allocation, Options
 
 
 def layers_of(draws: list[list[tuple[int, float]]], unit: int = 1) -> list[Options]:

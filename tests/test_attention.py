@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torchvision.models.swin_transformer import SwinTransformer
 from torchvision.models.vision_transformer import VisionTransformer as TorchvisionViT
 
-from utilized_rank.attention import explicit
-from utilized_rank.evaluation import outputs
-from utilized_rank.layers import Layer, countable
-from utilized_rank.moments import input_moments
-from utilized_rank.projection import replaced
+from utilized_rank.networks.attention import explicit
+from utilized_rank.networks.evaluation import outputs
+from utilized_rank.ranks.layers import Layer, countable
+from utilized_rank.ranks.moments import input_moments
+from utilized_rank.ranks.projection import replaced
 
 WIDTH, HEADS, TOKENS = 8, 2, 5
 

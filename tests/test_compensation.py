@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from timm.layers import LayerScale
 from torch import Tensor, fx, nn
 
-from utilized_rank.compensation import Compensation, Pairs, residual
-from utilized_rank.layers import Layer, countable
-from utilized_rank.lowrank import Channel, Fit, Target, factorized, optimal, substitute
-from utilized_rank.moments import input_moments
-from utilized_rank.projection import bases, replaced
-from utilized_rank.suffix import Traced
+from utilized_rank.compression.compensation import Compensation, Pairs, residual
+from utilized_rank.compression.lowrank import Channel, Fit, Target, factorized, optimal, substitute
+from utilized_rank.networks.suffix import Traced
+from utilized_rank.ranks.layers import Layer, countable
+from utilized_rank.ranks.moments import input_moments
+from utilized_rank.ranks.projection import bases, replaced
 
 PLENTY = 64
 

@@ -1,6 +1,6 @@
 import pytest
 
-from utilized_rank.config import StudyError, parse_study
+from utilized_rank.study.config import StudyError, parse_study
 
 REMOVED = object()
 

@@ -8,8 +8,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import nn
 
-from utilized_rank.correlations import TERMS, Correlations, bands, pays, sorts
-from utilized_rank.layers import Layer, padding, positions
+from utilized_rank.ranks.correlations import TERMS, Correlations, bands, pays, sorts
+from utilized_rank.ranks.layers import Layer, padding, positions
 
 
 def sums(conv: nn.Conv2d, *batches: torch.Tensor) -> Correlations:

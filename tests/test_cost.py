@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from utilized_rank import cost, models
-from utilized_rank.config import Model
-from utilized_rank.lowrank import pair, substitute
+from utilized_rank.compression.lowrank import pair, substitute
+from utilized_rank.networks import cost
+from utilized_rank.study.config import Model
+from utilized_rank.training import models
 
 
 def conv(c_in: int, c_out: int, kernel: int, side: int) -> int:

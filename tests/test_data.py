@@ -8,11 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from utilized_rank import data, prepare
-from utilized_rank.config import Augmentation, Data, Measure, Model, StudyError, parse_study
-from utilized_rank.data import SPLITS, Dataset
-from utilized_rank.images import Files, Split, array
-from utilized_rank.store import Store
+from utilized_rank.datasets import data, prepare
+from utilized_rank.datasets.data import SPLITS, Dataset
+from utilized_rank.datasets.images import Files, Split, array
+from utilized_rank.study.config import Augmentation, Data, Measure, Model, StudyError, parse_study
+from utilized_rank.study.store import Store
 
 LARGE = Data(source="folder", dataset="data/raw/fruit", image_size=72, search=0.25, test=0.25, workers=0)
 

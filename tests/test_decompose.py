@@ -4,14 +4,15 @@ import pytest
 import torch
 from torch import nn
 
-from utilized_rank import cost, decompose
-from utilized_rank.decompose import Decomposition
-from utilized_rank.evaluation import features, is_correct
-from utilized_rank.layers import Layer, countable
-from utilized_rank.lowrank import METHODS, Channel, Target, saves
-from utilized_rank.moments import Moments, input_moments
-from utilized_rank.projection import bases, replaced
-from utilized_rank.subspaces import numerical_rank
+from utilized_rank.compression.lowrank import METHODS, Channel, Target, saves
+from utilized_rank.networks import cost
+from utilized_rank.networks.evaluation import features, is_correct
+from utilized_rank.ranks.layers import Layer, countable
+from utilized_rank.ranks.moments import Moments, input_moments
+from utilized_rank.ranks.projection import bases, replaced
+from utilized_rank.ranks.subspaces import numerical_rank
+from utilized_rank.stages import decompose
+from utilized_rank.stages.decompose import Decomposition
 
 
 def ranks(network: nn.Module) -> pd.DataFrame:

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from utilized_rank.evaluation import features, is_correct, outputs
+from utilized_rank.networks.evaluation import features, is_correct, outputs
 
 
 def test_outputs_are_those_of_evaluation_mode_whatever_the_batches(make, images):

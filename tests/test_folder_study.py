@@ -11,10 +11,10 @@ from PIL import Image
 from ruamel.yaml import YAML
 from test_pipeline import ROOT, command, copied, started
 
-from utilized_rank import data
-from utilized_rank.sources import DEBIAN
-from utilized_rank.store import Store, read_json, read_table
-from utilized_rank.studies import load_study
+from utilized_rank.datasets import data
+from utilized_rank.datasets.sources import DEBIAN
+from utilized_rank.study.homes import load_study
+from utilized_rank.study.store import Store, read_json, read_table
 
 README = (ROOT / "README.md").read_text().split("### Your own images")[1].split("\n## ")[0]
 COLOURS = {"blue": (30, 60, 200), "green": (40, 180, 60), "red": (210, 50, 40)}
@@ -137,7 +137,7 @@ def test_an_experiment_in_a_folder_of_its_own_sees_images_that_are_decoded_when_
 def test_a_source_out_of_reach_stops_the_first_stage_with_one_paragraph(tmp_path, monkeypatch, study, dataset):
     """No network, no files; and where Debian's package is installed, code that looks for it elsewhere."""
     folder = copied(tmp_path)
-    code = folder / "src/utilized_rank/sources.py"
+    code = folder / "src/utilized_rank/datasets/sources.py"
     assert str(DEBIAN) in code.read_text()
     code.write_text(code.read_text().replace(str(DEBIAN), str(tmp_path / "nowhere")))
     monkeypatch.setenv("PYTHONPATH", str(folder / "src"))

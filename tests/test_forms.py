@@ -9,8 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from utilized_rank.layers import Layer, countable
-from utilized_rank.lowrank import (
+from utilized_rank.compression.lowrank import (
     FORMS,
     Channel,
     Factors,
@@ -25,8 +24,9 @@ from utilized_rank.lowrank import (
     substitute,
     weights_a_rank,
 )
-from utilized_rank.moments import Moments, input_moments
-from utilized_rank.projection import replaced
+from utilized_rank.ranks.layers import Layer, countable
+from utilized_rank.ranks.moments import Moments, input_moments
+from utilized_rank.ranks.projection import replaced
 
 KINDS = ["whitened", "plain", "unknown bias"]
 

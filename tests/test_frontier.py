@@ -6,14 +6,18 @@ import pytest
 import torch
 from torch import nn
 
-from utilized_rank import cost, decompose, models, policies, training
-from utilized_rank.config import Augmentation, Finetune, Frontier, Model, Policy, StudyError, parse_study
-from utilized_rank.evaluation import is_correct, outputs
-from utilized_rank.figures import frontier as figures
-from utilized_rank.frontier import Compression, boundaries_table, choices_table, in_call_order, untrained
-from utilized_rank.layers import countable
-from utilized_rank.moments import input_moments
-from utilized_rank.policies import STEPS
+from utilized_rank.compression import policies
+from utilized_rank.compression.policies import STEPS
+from utilized_rank.networks import cost
+from utilized_rank.networks.evaluation import is_correct, outputs
+from utilized_rank.ranks.layers import countable
+from utilized_rank.ranks.moments import input_moments
+from utilized_rank.report.figures import frontier as figures
+from utilized_rank.stages import decompose
+from utilized_rank.stages.frontier import Compression, boundaries_table, choices_table, in_call_order, untrained
+from utilized_rank.study.config import Augmentation, Finetune, Frontier, Model, Policy, StudyError, parse_study
+from utilized_rank.training import loop as training
+from utilized_rank.training import models
 
 METHODS = ["projection", "optimal", "svd", "compensated"]
 MODELS = {

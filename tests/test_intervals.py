@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from utilized_rank.intervals import Change, paired_change
+from utilized_rank.networks.intervals import Change, paired_change
 
 
 def answers(both: int, lost: int, gained: int, neither: int) -> tuple[np.ndarray, np.ndarray]:

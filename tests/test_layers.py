@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch import nn
 
-from utilized_rank.layers import Layer, countable
+from utilized_rank.ranks.layers import Layer, countable
 
 
 def test_rows_of_a_convolution_are_its_patches(convolution, maps, patches_by_loop):

@@ -11,12 +11,16 @@ import torch
 from PIL import Image
 from torch import nn
 
-from utilized_rank import cost, decompose, measure, models, prepare, training
-from utilized_rank.config import Data, Measure, Model, Recipe, Train
-from utilized_rank.data import Dataset
-from utilized_rank.evaluation import is_correct, outputs
-from utilized_rank.images import Files, Split, array
-from utilized_rank.store import write_network
+from utilized_rank.datasets import prepare
+from utilized_rank.datasets.data import Dataset
+from utilized_rank.datasets.images import Files, Split, array
+from utilized_rank.networks import cost
+from utilized_rank.networks.evaluation import is_correct, outputs
+from utilized_rank.stages import decompose, measure
+from utilized_rank.study.config import Data, Measure, Model, Recipe, Train
+from utilized_rank.study.store import write_network
+from utilized_rank.training import loop as training
+from utilized_rank.training import models
 
 COLOURS = {"blue": (30, 60, 200), "green": (40, 180, 60), "red": (210, 50, 40)}
 EACH = 20

@@ -7,8 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from utilized_rank.layers import Layer, countable
-from utilized_rank.lowrank import (
+from utilized_rank.compression.lowrank import (
     FORMS,
     METHODS,
     Factors,
@@ -20,9 +19,10 @@ from utilized_rank.lowrank import (
     saves,
     substitute,
 )
-from utilized_rank.moments import Moments, input_moments
-from utilized_rank.projection import bases, projected, replaced
-from utilized_rank.subspaces import numerical_rank, output_moment, principal
+from utilized_rank.ranks.layers import Layer, countable
+from utilized_rank.ranks.moments import Moments, input_moments
+from utilized_rank.ranks.projection import bases, projected, replaced
+from utilized_rank.ranks.subspaces import numerical_rank, output_moment, principal
 
 
 @dataclass(frozen=True)

@@ -6,15 +6,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from utilized_rank import moments
-from utilized_rank.config import Measure, StudyError
-from utilized_rank.data import Dataset, Split
-from utilized_rank.evaluation import is_correct
-from utilized_rank.layers import countable
-from utilized_rank.measure import UNCALLED, Measurement, measure
-from utilized_rank.models import classifier
-from utilized_rank.projection import bases, projected, replaced
-from utilized_rank.runtime import autocast
+from utilized_rank.datasets.data import Dataset, Split
+from utilized_rank.networks.evaluation import is_correct
+from utilized_rank.networks.precision import autocast
+from utilized_rank.ranks import moments
+from utilized_rank.ranks.layers import countable
+from utilized_rank.ranks.projection import bases, projected, replaced
+from utilized_rank.stages.measure import UNCALLED, Measurement, measure
+from utilized_rank.study.config import Measure, StudyError
+from utilized_rank.training.models import classifier
 
 MEASURE = Measure(
     calibration_images=60, epsilons=[0.0, 5.0, 20.0], batch_size=32, memory=64, precision="float32", rows=None

@@ -9,15 +9,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from utilized_rank import cost, models
-from utilized_rank.config import Model
-from utilized_rank.decompose import Decomposition
-from utilized_rank.evaluation import is_correct
-from utilized_rank.layers import countable
-from utilized_rank.moments import input_moments
-from utilized_rank.projection import bases
-from utilized_rank.store import read_tensors
-from utilized_rank.subspaces import energy_rank
+from utilized_rank.networks import cost
+from utilized_rank.networks.evaluation import is_correct
+from utilized_rank.ranks.layers import countable
+from utilized_rank.ranks.moments import input_moments
+from utilized_rank.ranks.projection import bases
+from utilized_rank.ranks.subspaces import energy_rank
+from utilized_rank.stages.decompose import Decomposition
+from utilized_rank.study.config import Model
+from utilized_rank.study.store import read_tensors
+from utilized_rank.training import models
 
 SHARED = Path(__file__).parents[2] / "shared"
 CIFAR10 = SHARED / "datasets" / "cifar10"

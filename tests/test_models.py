@@ -10,11 +10,11 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from utilized_rank import models
-from utilized_rank.config import Model, StudyError
-from utilized_rank.layers import countable
-from utilized_rank.provenance import file_hash
-from utilized_rank.store import read_tensors, write_network, write_tensors
+from utilized_rank.ranks.layers import countable
+from utilized_rank.study.config import Model, StudyError
+from utilized_rank.study.provenance import file_hash
+from utilized_rank.study.store import read_tensors, write_network, write_tensors
+from utilized_rank.training import models
 
 VIT = Model(architecture="vit", dim=24, depth=2, heads=3, patch_size=4)
 SMALL = {
@@ -419,7 +419,8 @@ def by_timm(home: Path, *asked: tuple[models.Shape, int]) -> list[dict[str, Tens
     """The tensors, or why there are none, in a process of its own, which reads where the cache is."""
     code = f"""
 from pathlib import Path
-from utilized_rank import config, models, store
+from utilized_rank.study import config, store
+from utilized_rank.training import models
 for i, asked in enumerate({asked}):
     try:
         tensors = models.published(config.Model(architecture="timm/test_vit"), None, *asked)

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from utilized_rank import moments as of_moments
-from utilized_rank.layers import Layer, countable
-from utilized_rank.moments import FEWEST, Budget, Moments, from_tensors, input_moments, to_tensors
-from utilized_rank.subspaces import energy_rank, output_moment, principal
+from utilized_rank.ranks import moments as of_moments
+from utilized_rank.ranks.layers import Layer, countable
+from utilized_rank.ranks.moments import FEWEST, Budget, Moments, from_tensors, input_moments, to_tensors
+from utilized_rank.ranks.subspaces import energy_rank, output_moment, principal
 
 
 def of(network: nn.Module, images: torch.Tensor, batch: int = 1000) -> dict[str, Moments]:

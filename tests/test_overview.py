@@ -8,11 +8,11 @@ import pandas as pd
 import pytest
 from matplotlib import pyplot as plt
 
-from utilized_rank import overview, tables
-from utilized_rank.figures import study as figures
-from utilized_rank.figures import style
-from utilized_rank.overview import NOT_UPHELD, UNTESTABLE, UPHELD, Study
-from utilized_rank.store import Store, read_table, write_json, write_table
+from utilized_rank.report import overview, tables
+from utilized_rank.report.figures import study as figures
+from utilized_rank.report.figures import style
+from utilized_rank.report.overview import NOT_UPHELD, UNTESTABLE, UPHELD, Study
+from utilized_rank.study.store import Store, read_table, write_json, write_table
 
 ROOT = Path(__file__).parents[1]
 FRACTION, IMAGENET, HALF, LINEAR, TUNED, RISES = (

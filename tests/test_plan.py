@@ -12,14 +12,15 @@ from timm.layers import PatchEmbed
 from torch import nn
 from typer.testing import CliRunner
 
-from utilized_rank import cli, cost
-from utilized_rank.attention import explicit
-from utilized_rank.config import Model, Study, parse_study
-from utilized_rank.layers import countable
-from utilized_rank.models import ResNet20, build
-from utilized_rank.plan import BACKWARD, PASSES, network_shape, plan, text
-from utilized_rank.store import Store, read_json
-from utilized_rank.studies import composed
+from utilized_rank import cli
+from utilized_rank.networks import cost
+from utilized_rank.networks.attention import explicit
+from utilized_rank.ranks.layers import countable
+from utilized_rank.stages.plan import BACKWARD, PASSES, network_shape, plan, text
+from utilized_rank.study.config import Model, Study, parse_study
+from utilized_rank.study.homes import composed
+from utilized_rank.study.store import Store, read_json
+from utilized_rank.training.models import ResNet20, build
 
 ROOT = Path(__file__).parents[1]
 DIGITS = composed("digits", ROOT)

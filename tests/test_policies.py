@@ -7,12 +7,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from utilized_rank import cost, policies
-from utilized_rank.config import StudyError
-from utilized_rank.layers import Layer, countable
-from utilized_rank.lowrank import Factors, Fit, Target, bias_of, factorized, optimal, saves, substitute
-from utilized_rank.moments import input_moments
-from utilized_rank.policies import (
+from utilized_rank.compression import policies
+from utilized_rank.compression.lowrank import Factors, Fit, Target, bias_of, factorized, optimal, saves, substitute
+from utilized_rank.compression.policies import (
     Budgets,
     Candidate,
     Choices,
@@ -29,7 +26,11 @@ from utilized_rank.policies import (
     latency_costs,
     parameter_costs,
 )
-from utilized_rank.projection import bases, replaced
+from utilized_rank.networks import cost
+from utilized_rank.ranks.layers import Layer, countable
+from utilized_rank.ranks.moments import input_moments
+from utilized_rank.ranks.projection import bases, replaced
+from utilized_rank.study.config import StudyError
 
 NETWORKS = ["residual", "vit", "vgg11", "shared"]
 FORMS = ["channel", "spatial"]

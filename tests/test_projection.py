@@ -2,10 +2,10 @@ import pytest
 import torch
 from torch import nn
 
-from utilized_rank.layers import Layer, countable
-from utilized_rank.moments import Moments
-from utilized_rank.projection import bases, projected, replaced
-from utilized_rank.subspaces import Subspace, numerical_rank, output_moment, principal
+from utilized_rank.ranks.layers import Layer, countable
+from utilized_rank.ranks.moments import Moments
+from utilized_rank.ranks.projection import bases, projected, replaced
+from utilized_rank.ranks.subspaces import Subspace, numerical_rank, output_moment, principal
 
 M, N, GROUPS = 7, 5, 2
 

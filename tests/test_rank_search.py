@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from utilized_rank.rank_search import Passes, Ranks, energy_path, search, search_energy, search_utilized, smallest
-from utilized_rank.subspaces import energy_rank
+from utilized_rank.ranks.rank_search import Passes, Ranks, energy_path, search, search_energy, search_utilized, smallest
+from utilized_rank.ranks.subspaces import energy_rank
 
 WIDTHS = st.tuples(st.integers(1, 12), st.integers(1, 12))
 

@@ -9,11 +9,12 @@ from committed import COMMITTED, LOCKED, ROOT, study_of
 from matplotlib import pyplot as plt
 from matplotlib.collections import PathCollection
 
-from utilized_rank import report, tables
-from utilized_rank.figures import study as figures
-from utilized_rank.figures import style
-from utilized_rank.notebooks import STAGES, executed_name, keys_of
-from utilized_rank.store import Store, read_json, read_table, write_table, write_text
+from utilized_rank.report import pages as report
+from utilized_rank.report import tables
+from utilized_rank.report.figures import study as figures
+from utilized_rank.report.figures import style
+from utilized_rank.stages.notebooks import STAGES, executed_name, keys_of
+from utilized_rank.study.store import Store, read_json, read_table, write_table, write_text
 
 RECORD = {"code": "a hash", "processor": "a <processor>", "system": "s", "python": "3", "packages": {"torch": "2"}}
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from utilized_rank.runtime import autocast, resolved
+from utilized_rank.networks.precision import autocast, resolved
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])

@@ -11,13 +11,13 @@ from timm.models.xcit import Xcit
 from torch import Tensor, nn
 from torchvision.models.vision_transformer import VisionTransformer as TorchvisionViT
 
-from utilized_rank import selfsupervised
-from utilized_rank.config import Augmentation, Model, Pretrained, StudyError
-from utilized_rank.data import Dataset, Split
-from utilized_rank.evaluation import features, outputs
-from utilized_rank.models import build, classifier
-from utilized_rank.provenance import file_hash
-from utilized_rank.store import write_tensors
+from utilized_rank.datasets.data import Dataset, Split
+from utilized_rank.networks.evaluation import features, outputs
+from utilized_rank.study.config import Augmentation, Model, Pretrained, StudyError
+from utilized_rank.study.provenance import file_hash
+from utilized_rank.study.store import write_tensors
+from utilized_rank.training import selfsupervised
+from utilized_rank.training.models import build, classifier
 
 MODEL = Model(architecture="resnet20", width=0.25)
 SIMCLR = Pretrained(

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from utilized_rank import store
-from utilized_rank.config import StudyError
+from utilized_rank.study import store
+from utilized_rank.study.config import StudyError
 
 TENSORS = {"b": torch.arange(6.0).view(2, 3), "a": torch.tensor([1, 2], dtype=torch.int64)}
 TABLE = pd.DataFrame({"layer": ["conv1", "block.fc"], "k": [1, 2], "accuracy": [1 / 3, 100.0]})

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML as Yaml
 
-from utilized_rank.config import StudyError
-from utilized_rank.layout import check_pipeline, lay_out
-from utilized_rank.store import open_study, write_json
-from utilized_rank.studies import compose, composed, load_study, main_root, project_root, study_home
+from utilized_rank.stages.layout import check_pipeline, lay_out
+from utilized_rank.study.config import StudyError
+from utilized_rank.study.homes import compose, composed, load_study, main_root, project_root, study_home
+from utilized_rank.study.store import open_study, write_json
 
 ROOT = Path(__file__).parents[1]
 OWN = re.search(r"```yaml\n(# @package _global_.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from utilized_rank import subspaces
-from utilized_rank.subspaces import (
+from utilized_rank.ranks import subspaces
+from utilized_rank.ranks.subspaces import (
     effective_rank,
     energy_rank,
     leading,

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from utilized_rank.layers import Layer, countable
-from utilized_rank.projection import replaced
-from utilized_rank.suffix import Suffix, Traced
+from utilized_rank.networks.suffix import Suffix, Traced
+from utilized_rank.ranks.layers import Layer, countable
+from utilized_rank.ranks.projection import replaced
 
 PLENTY = 2**40
 NETWORKS = [

@@ -5,10 +5,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from utilized_rank import training
-from utilized_rank.config import Augmentation, Model, Recipe
-from utilized_rank.data import Dataset, Split
-from utilized_rank.models import build
+from utilized_rank.datasets.data import Dataset, Split
+from utilized_rank.study.config import Augmentation, Model, Recipe
+from utilized_rank.training import loop as training
+from utilized_rank.training.models import build
 
 RECIPE = Recipe(epochs=4, lr=0.01, batch_size=16, weight_decay=0.0, warmup_epochs=1)
 

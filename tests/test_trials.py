@@ -5,13 +5,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from benchmarks.plain import Plain
-from utilized_rank.layers import Layer, countable
-from utilized_rank.moments import input_moments
-from utilized_rank.projection import bases
-from utilized_rank.rank_search import search, search_utilized
-from utilized_rank.runtime import autocast
-from utilized_rank.subspaces import Subspace
-from utilized_rank.trials import PROBE, Trials
+from utilized_rank.networks.precision import autocast
+from utilized_rank.ranks.layers import Layer, countable
+from utilized_rank.ranks.moments import input_moments
+from utilized_rank.ranks.projection import bases
+from utilized_rank.ranks.rank_search import search, search_utilized
+from utilized_rank.ranks.subspaces import Subspace
+from utilized_rank.ranks.trials import PROBE, Trials
 
 NETWORKS = [
     "residual",

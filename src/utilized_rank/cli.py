@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from .config import Study, StudyError
-from .store import Store, open_study
-from .studies import composed, known_studies, load_study, project_root, study_home
+from .study.config import Study, StudyError
+from .study.homes import composed, known_studies, load_study, project_root, study_home
+from .study.store import Store, open_study
 
 # jsonschema, which reading a notebook imports, would spend a second on the grammar of internationalised
 # addresses. No notebook has one, and every stage would pay.
@@ -33,7 +33,7 @@ def study(
     name: Annotated[str | None, typer.Argument(help="a study of conf/study; without it, they are listed")] = None,
 ) -> None:
     """Lay a study out, or compose its parameters anew after editing conf/."""
-    from .layout import lay_out
+    from .stages.layout import lay_out
 
     root = project_root()
     if name is None:
@@ -54,7 +54,7 @@ def study(
 @app.command()
 def check(name: StudyName = None) -> None:
     """Check a study's parameters, strip the notebooks, and drop results of runs that left the study."""
-    from .notebooks import prune, strip_all
+    from .stages.notebooks import prune, strip_all
 
     study, store = _opened(name)
     strip_all(store)
@@ -67,8 +67,8 @@ def plan(
     name: Annotated[str | None, typer.Argument(help="a study of conf/study; the one laid out here by default")] = None,
 ) -> None:
     """Print what a study will take, before anything runs."""
-    from .plan import plan as planned
-    from .plan import text
+    from .stages.plan import plan as planned
+    from .stages.plan import text
 
     root = project_root()
     study = load_study(study_home(root)) if name is None else composed(name, root)
@@ -84,7 +84,7 @@ def stage(
 ) -> None:
     """Execute the notebook of one stage."""
     study, store = _opened(of)
-    from .notebooks import STAGES, execute
+    from .stages.notebooks import STAGES, execute
 
     if name not in STAGES:
         raise StudyError(f"there is no stage {name!r} (known: {', '.join(STAGES)})")
@@ -94,8 +94,9 @@ def stage(
 @app.command()
 def publish(name: StudyName = None) -> None:
     """Put a study's pages into reports/, and write reports/index.html anew, which compares all studies there."""
-    from . import overview, report
-    from .figures import style
+    from .report import overview
+    from .report import pages as report
+    from .report.figures import style
 
     study, store = _opened(name)
     style.use()
@@ -105,7 +106,7 @@ def publish(name: StudyName = None) -> None:
 
 def _opened(name: str | None) -> tuple[Study, Store]:
     """A study that is run by the project's pipeline."""
-    from .layout import check_pipeline
+    from .stages.layout import check_pipeline
 
     study, store = open_study(name)
     check_pipeline(store.root, study_home(store.root, study.name))

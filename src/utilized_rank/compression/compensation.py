@@ -1,0 +1,216 @@
+"""Front to back: each layer is fitted to what should flow out of it, from what does flow into it.
+
+By the time a layer is replaced, those before it have been, so that its inputs differ from the original's.
+Fitted to the original outputs from the inputs that it will really have, a layer makes up for errors before
+it, and they do not pile up.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import cast
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.grad import conv2d_weight
+
+from ..networks.batches import Batches
+from ..networks.evaluation import received
+from ..networks.suffix import Suffix, Traced
+from ..ranks.layers import Layer, padding
+from ..ranks.moments import Stream
+from .lowrank import Fit
+
+RIDGE = 1e-2
+"""How strongly a fit is drawn towards the original weight, over the mean variance of its inputs."""
+FAINT = 0.05
+"""Channels that reach a sum scaled by less than so much of what is usual are not asked to make up for it."""
+
+
+class Pairs:
+    """Sums over the rows s that flow into a layer, with what the rows t that should come of it lack, in float64."""
+
+    def __init__(self, layer: Layer) -> None:
+        self.layer = layer
+        self._stream = Stream(layer, None)
+        self._cross = torch.zeros(layer.groups, layer.m, layer.n, dtype=torch.float64)
+        self._total = torch.zeros(layer.groups * layer.n, dtype=torch.float64)
+
+    @torch.no_grad()
+    def add(self, inputs: Tensor, outputs: Tensor) -> None:
+        """Take in what the module receives, (B, ...), and what should come of it, without its bias.
+
+        Summed is t - s W: where a layer need not change, no rounding makes it.
+        """
+        layer, module = self.layer, self.layer.module
+        self._stream.add(inputs, len(inputs))
+        lacking = outputs - _without_bias(layer, inputs)
+        if isinstance(module, nn.Linear):
+            rows, lacking = inputs.reshape(-1, layer.m), lacking.reshape(-1, layer.n)
+            self._cross += (rows.mT @ lacking).double()
+            self._total += lacking.double().sum(0)
+        else:
+            # The products of patches and outputs are the gradient of a convolution's weight.
+            padded, plain = _padded(module, inputs)
+            how = (module.stride, plain, module.dilation, module.groups)
+            sums = conv2d_weight(padded, list(module.weight.shape), lacking, *how)
+            self._cross += sums.double().reshape(layer.groups, layer.n, layer.m).mT
+            self._total += lacking.double().sum((0, 2, 3))
+
+    def fit(self, ridge: float = RIDGE) -> Fit:
+        """The least squares fit of t from s, by a ridge regression towards the layer's weight W.
+
+        M = W + (C + a I)^-1 K, with C the covariance of s, K that of s and t - s W, and a the ridge times the
+        mean variance of s. Where t = s W it is W.
+        """
+        moments = self._stream.moments()
+        mean, centred, count = moments.mean, moments.centred, max(1, moments.count)
+        lacking = self._total.reshape(self.layer.groups, -1) / count
+        cross = self._cross / count - mean.unsqueeze(2) * lacking.unsqueeze(1)
+        weight = self.layer.weight().double()
+        outputs = lacking + (mean.unsqueeze(1) @ weight).squeeze(1)
+        amount = ridge * centred.diagonal(0, 1, 2).mean(-1)[:, None, None]
+        amount = torch.where(amount > 0, amount, 1.0)  # where nothing varies there is nothing to fit, and W stays
+        identity = torch.eye(self.layer.m, dtype=torch.float64)
+        matrix = weight + torch.linalg.solve(centred + amount * identity, cross)
+        return Fit(self.layer, matrix, centred, mean, outputs)
+
+
+def _padded(module: nn.Conv2d, inputs: Tensor) -> tuple[Tensor, tuple[int, int]]:
+    """Inputs for a convolution that pads with zeros alike on both sides, and by how much it then has to."""
+    if module.padding_mode == "zeros" and not isinstance(module.padding, str):
+        return inputs, cast(tuple[int, int], tuple(module.padding))
+    amounts, mode = padding(module)
+    return torch.nn.functional.pad(inputs, amounts, mode), (0, 0)
+
+
+@dataclass(frozen=True)
+class Sum:
+    """Where a layer's output is added to another value: a residual branch."""
+
+    scale: Tensor
+    """What each of its channels is multiplied with on the way there, (n,) or (1,)."""
+    other: fx.Node
+    """The value that it is added to; it does not depend on the layer."""
+
+
+def residual(traced: Traced, node: fx.Node) -> Sum | None:
+    """The sum that the output of ``node`` enters with at most its channels scaled; None where there is none."""
+    behind = _behind(node)
+    scale = torch.ones(1)
+    while len(node.users) == 1:
+        user = next(iter(node.users))
+        added = user.op == "call_function" and user.target in (operator.add, operator.iadd, torch.add)
+        if added and not user.kwargs:
+            others = [a for a in user.args if isinstance(a, fx.Node) and a not in behind]
+            return Sum(scale, others[0]) if len(others) == 1 else None
+        factor = _factor(traced.network, user, node)
+        if factor is None:
+            return None
+        scale, node = scale * factor, user
+    return None
+
+
+def _behind(node: fx.Node) -> set[fx.Node]:
+    """The node and all that depend on it."""
+    found, new = {node}, [node]
+    while new:
+        users = [user for user in new.pop().users if user not in found]
+        found.update(users)
+        new += users
+    return found
+
+
+def _factor(network: nn.Module, user: fx.Node, node: fx.Node) -> Tensor | None:
+    """What ``user`` multiplies each channel of ``node`` with, in evaluation mode; None where it does anything else."""
+    if user.op == "call_module":
+        module = network.get_submodule(str(user.target))
+        if isinstance(module, nn.BatchNorm2d) and module.running_var is not None:
+            scale = (module.running_var + module.eps).rsqrt()
+            return scale * module.weight.detach() if module.affine else scale
+        return torch.ones(1) if isinstance(module, nn.Identity | nn.Dropout) else None
+    if user.op == "call_function" and user.target in (operator.mul, torch.mul):  # timm's LayerScale
+        gains = [a for a in user.args if isinstance(a, fx.Node) and a is not node and a.op == "get_attr"]
+        gain = attrgetter(str(gains[0].target))(network) if gains else None
+        return gain.detach() if isinstance(gain, Tensor) and gain.ndim == 1 else None
+    return None
+
+
+class Compensation:
+    """Fits layers to the original's outputs, from the inputs that a network of replaced layers delivers.
+
+    Args:
+        network: the original, never changed.
+        small: a copy of it, whose layers are being replaced from front to back.
+        images: calibration images, (N, C, H, W); no labels are used.
+        memory: MiB that the values that flow into a layer may take.
+        batch_size: images at a time.
+    """
+
+    def __init__(
+        self, network: nn.Module, small: nn.Module, images: Batches, memory: int = 2048, batch_size: int = 64
+    ) -> None:
+        batches = torch.arange(len(images)).split(batch_size)
+        traced = Traced(network.eval())
+        self._original = Suffix(traced, images, batches, memory * 2**19)
+        self._small = Suffix(traced.through(small.eval()), images, batches, memory * 2**19)
+
+    @torch.no_grad()
+    def fit(self, layer: Layer) -> Fit:
+        """What a layer of the original should become, those before it being replaced already (or not at all)."""
+        pairs = Pairs(layer)
+        for inputs, outputs in self._flows(layer):
+            pairs.add(inputs, outputs)
+        return pairs.fit()
+
+    def _flows(self, layer: Layer) -> Iterator[tuple[Tensor, Tensor]]:
+        """What flows into a layer, and what should come of it, batch by batch."""
+        original, small = self._original, self._small
+        original.move_to(layer.name)
+        small.move_to(layer.name)
+        node = original.traced.node(layer.name)
+        if original.run is None or small.run is None or node is None or node.target != layer.name:
+            yield from _hooked(layer, original, small)
+            return
+        into = residual(original.traced, node)
+        nodes = [cast(fx.Node, node.args[0]), *([into.other] if into else [])]
+        before, after = original.reader(nodes), small.reader(nodes)
+        for i in range(len(original.batches)):
+            inputs, *beside = before(i)
+            changed, *beside_changed = after(i)
+            wanted = _without_bias(layer, inputs)
+            if into is not None:
+                missing = (beside[0] - beside_changed[0]) * _by_channel(layer, _inverse(into.scale))
+                if torch.broadcast_shapes(missing.shape, wanted.shape) == wanted.shape:  # not one value for all places
+                    wanted = wanted + missing
+            yield changed, wanted
+
+
+def _inverse(scale: Tensor) -> Tensor:
+    """1 / scale for each channel, damped where the scale is faint."""
+    faint = FAINT * scale.square().mean().sqrt()
+    return scale / (scale.square() + faint.square()).clamp_min(1e-30)
+
+
+def _by_channel(layer: Layer, values: Tensor) -> Tensor:
+    """Values (n,) as they go with the module's outputs: channels are the last dimension of a linear layer's."""
+    return values if isinstance(layer.module, nn.Linear) else values.view(-1, 1, 1)
+
+
+def _hooked(layer: Layer, original: Suffix, small: Suffix) -> Iterator[tuple[Tensor, Tensor]]:
+    """The same of a network that cannot be run in parts: from whole passes, without regard to residual branches."""
+    before, after = original.traced.network, small.traced.network
+    for batch in original.batches:
+        images = original.images[batch]
+        inputs = received(before, [layer.module], images)
+        changed = received(after, [after.get_submodule(layer.name)], images)
+        for (_, old), (_, new) in zip(inputs, changed, strict=True):
+            yield new, _without_bias(layer, old)
+
+
+def _without_bias(layer: Layer, inputs: Tensor) -> Tensor:
+    outputs: Tensor = layer.module(inputs)
+    return outputs if layer.module.bias is None else outputs - _by_channel(layer, layer.module.bias)

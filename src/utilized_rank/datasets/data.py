@@ -1,0 +1,227 @@
+"""A data set in its splits: normalised when a batch is asked for, augmented in batches."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..study import config
+from ..study.homes import main_root
+from ..study.store import Store, read_tensors, write_tensors
+from .images import Files, Images, Split, stream
+
+SPLITS = ("train", "search", "test")
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A data set, its splits, and the statistics that normalise it."""
+
+    splits: dict[str, Split]
+    classes: list[str]
+    mean: list[float]
+    """Of each channel over the training split, in [0, 1]."""
+    std: list[float]
+    searched: Tensor | None = None
+    """Which test images are the search split of runs whose weights are given, bool (N,); None where none are."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height, width."""
+        channels, height, width = self.splits["train"].images.shape[1:]
+        return channels, height, width
+
+    def normalised(self, images: Tensor) -> Tensor:
+        """uint8 images (N, C, H, W) to float32 of zero mean and unit variance over the training split."""
+        mean = torch.tensor(self.mean).view(-1, 1, 1)
+        std = torch.tensor(self.std).view(-1, 1, 1)
+        return (images.float() / 255 - mean) / std
+
+    def augmented(self, images: Tensor, how: config.Augmentation, generator: torch.Generator) -> Tensor:
+        """uint8 images (N, C, H, W), each under its own random change, normalised."""
+        if how.crop:
+            images = cropped(images, how.crop, generator)
+        return augment(self.normalised(images), how, generator)
+
+    def seen_by(self, model: config.Model) -> Dataset:
+        """The same images, normalised as ``model`` was trained with where it says so."""
+        if model.mean is None or model.std is None:
+            return self
+        channels = self.shape[0]
+        if not len(model.mean) == len(model.std) == channels:
+            raise config.StudyError(f"mean and std of a model need one value for each of {channels} channels")
+        return replace(self, mean=list(model.mean), std=list(model.std))
+
+    def searching_test(self) -> Dataset:
+        """The data set of a run whose weights are given: the test images are its search and its test split."""
+        if self.searched is None:
+            return self
+        test, searched = self.splits["test"], self.searched
+        halves = {"search": test.part(searched.nonzero().flatten()), "test": test.part((~searched).nonzero().flatten())}
+        return replace(self, splits=self.splits | halves, searched=None)
+
+    @property
+    def search_images(self) -> int:
+        """How many images the smallest search split of a run has."""
+        counts = [len(self.splits["search"])] + ([] if self.searched is None else [int(self.searched.sum())])
+        return min(counts)
+
+    def inputs(self, split: str, first: int | None = None) -> Inputs:
+        """The normalised images of a split (its first ``first`` of them)."""
+        images = self.splits[split].images
+        return Inputs(self, images, len(images) if first is None else min(first, len(images)))
+
+    def labels(self, split: str) -> Tensor:
+        """The labels of a split, int64 (N,)."""
+        return self.splits[split].labels
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Normalised images, float32 (N, C, H, W): a part of them is made when it is asked for, as if of a tensor."""
+
+    dataset: Dataset
+    images: Images
+    count: int
+    """Of the first images: these are meant."""
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, which: Tensor | slice) -> Tensor:
+        """Some of them."""
+        rows = torch.arange(self.count)[which]
+        return self.dataset.normalised(self.images[rows])
+
+    def split(self, size: int) -> Iterator[Tensor]:
+        """All of them, so many at a time."""
+        for batch in stream(self.images, torch.arange(self.count).split(size)):
+            yield self.dataset.normalised(batch)
+
+
+def check_resolution(images: int, epsilons: list[float], where: str = "measure.epsilons") -> None:
+    """Refuse an epsilon finer than one image of the search split: it could only measure noise.
+
+    Raises:
+        StudyError: naming the epsilon and what one image is worth.
+    """
+    finest = 100 / images
+    for epsilon in epsilons:
+        if 0 < epsilon < finest:
+            raise config.StudyError(
+                f"{where} has {epsilon:g} points, but one of the {images} search images is worth "
+                f"{finest:.2g} points: use 0 or at least that, or enlarge data.search"
+            )
+
+
+def tolerances(dataset: Dataset, measure: config.Measure) -> list[float]:
+    """The tolerances of a study, in points: those it names, or default ones that its search splits resolve.
+
+    Says so on standard error where a default one had to give way.
+
+    Raises:
+        StudyError: as :func:`check_resolution`.
+    """
+    images = dataset.search_images
+    check_resolution(images, measure.epsilons)
+    found = measure.resolved(images).epsilons
+    if not measure.epsilons and found != list(config.DEFAULT_EPSILONS):
+        print(
+            f"tolerances are {_points(found)} points in place of {_points(config.DEFAULT_EPSILONS)}: one of the "
+            f"{images} search images is worth {100 / images:.2f} (measure.epsilons names others)",
+            file=sys.stderr,
+        )
+    return found
+
+
+def _points(epsilons: Iterable[float]) -> str:
+    return " and ".join(f"{epsilon:g}" for epsilon in epsilons)
+
+
+def path(store: Store) -> Path:
+    """Where a study's data set lies."""
+    return store.data("prepare", "dataset.safetensors")
+
+
+def save(dataset: Dataset, store: Store) -> None:
+    """Write a study's data set as one safetensors file: its images, or the names of their files."""
+    root = main_root(store.root).absolute()
+    tensors = {f"{name}.labels": split.labels for name, split in dataset.splits.items()}
+    described: dict[str, Any] = {"classes": dataset.classes, "mean": dataset.mean, "std": dataset.std, "files": {}}
+    if dataset.searched is not None:
+        tensors["test.searched"] = dataset.searched
+    for name, split in dataset.splits.items():
+        if isinstance(split.images, Tensor):
+            tensors[f"{name}.images"] = split.images
+            continue
+        files = split.images
+        tensors[f"{name}.names"] = torch.frombuffer(bytearray("\n".join(files.names).encode()), dtype=torch.uint8)
+        folder = files.root.absolute()
+        # From the project's root, so that the file is the same wherever that lies.
+        where = folder.relative_to(root) if folder.is_relative_to(root) else folder
+        described["files"][name] = [where.as_posix(), files.side, files.crop, files.workers]
+    write_tensors(path(store), tensors, described)
+
+
+def load(store: Store) -> Dataset:
+    """Read what :func:`save` wrote."""
+    tensors, described = read_tensors(path(store))
+
+    def images(name: str) -> Images:
+        if name not in described["files"]:
+            return tensors[f"{name}.images"]
+        folder, *how = described["files"][name]
+        names = tensors[f"{name}.names"].numpy().tobytes().decode().split("\n")
+        return Files(main_root(store.root) / folder, names, *how)
+
+    splits = {name: Split(images(name), tensors[f"{name}.labels"]) for name in SPLITS}
+    return Dataset(splits, described["classes"], described["mean"], described["std"], tensors.get("test.searched"))
+
+
+def of_run(study: config.Study, store: Store, run: str) -> Dataset:
+    """A study's data set as one run sees it: in its own splits, normalised as its model says."""
+    dataset = load(store).seen_by(study.runs[run].model)
+    return dataset.searching_test() if study.search_from(run) == "test" else dataset
+
+
+def cropped(images: Tensor, pixels: int, generator: torch.Generator) -> Tensor:
+    """Each image (N, C, H, W) moved by up to so many pixels each way, exactly; black comes in from outside."""
+    count, _, height, width = images.shape
+    around = F.pad(images, 4 * [pixels])
+    down, across = torch.randint(0, 2 * pixels + 1, (2, count, 1), generator=generator)
+    rows, columns = down + torch.arange(height), across + torch.arange(width)  # (N, H), (N, W)
+    some = torch.arange(count).view(-1, 1, 1)
+    # Indices on both sides of a slice put what they choose first: (N, H, W, C).
+    return around[some, :, rows.unsqueeze(2), columns.unsqueeze(1)].permute(0, 3, 1, 2)
+
+
+def augment(images: Tensor, how: config.Augmentation, generator: torch.Generator) -> Tensor:
+    """Each image of a normalised batch (N, C, H, W) under its own random change.
+
+    One resampling does translation, rotation, scale and flip; then contrast and noise.
+    """
+    count = len(images)
+
+    def draw(largest: float) -> Tensor:  # uniform in [-largest, largest], (N,)
+        return (torch.rand(count, generator=generator) * 2 - 1) * largest
+
+    angle, scale = draw(math.radians(how.rotate)), 1 + draw(how.scale)
+    mirror = torch.where(torch.rand(count, generator=generator) < 0.5, -1.0, 1.0) if how.flip else 1.0
+    cos, sin = angle.cos() * scale, angle.sin() * scale
+    rows = [torch.stack([cos * mirror, -sin, draw(2 * how.shift)], 1)]
+    rows += [torch.stack([sin * mirror, cos, draw(2 * how.shift)], 1)]
+    grid = F.affine_grid(torch.stack(rows, 1), list(images.shape), align_corners=False)  # (N, H, W, 2)
+    images = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+    if how.contrast:
+        images = images * (1 + draw(how.contrast)).view(-1, 1, 1, 1)
+    if how.noise:
+        images = images + how.noise * torch.randn(images.shape, generator=generator)
+    return images

@@ -1,0 +1,216 @@
+"""Second moments and means of what flows into each layer, streamed over images, summed in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import groupby
+from typing import NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from .correlations import Correlations, pays
+from .layers import Layer
+
+FEWEST = 128
+"""Images that a budget never goes below: rows of one image are alike."""
+TOGETHER = 128
+"""Images of a budget that are multiplied at a time: a few at a time would cost more in calls than in products."""
+
+
+@dataclass
+class Moments:
+    """Sums over the rows s (1 x m) that a layer received; memory does not grow with their number."""
+
+    products: Tensor
+    """Sum of s^T s, float64, (g, m, m)."""
+    total: Tensor
+    """Sum of s, float64, (g, m)."""
+    count: int = 0
+    """Rows seen."""
+
+    @classmethod
+    def zeros(cls, groups: int, m: int) -> Moments:
+        """Before any row."""
+        return cls(torch.zeros(groups, m, m, dtype=torch.float64), torch.zeros(groups, m, dtype=torch.float64))
+
+    def add(self, rows: Tensor) -> None:
+        """Take in more rows, (g, N, m)."""
+        rows = rows.double()
+        self.products.baddbmm_(rows.mT, rows)
+        self.total += rows.sum(1)
+        self.count += rows.shape[1]
+
+    def __iadd__(self, other: Moments) -> Moments:
+        """Take in all rows of another sum."""
+        self.products += other.products
+        self.total += other.total
+        self.count += other.count
+        return self
+
+    @property
+    def second(self) -> Tensor:
+        """C_S = E[s^T s], (g, m, m)."""
+        return self.products / max(1, self.count)
+
+    @property
+    def mean(self) -> Tensor:
+        """Mu = E[s], (g, m)."""
+        return self.total / max(1, self.count)
+
+    @property
+    def centred(self) -> Tensor:
+        """C_S - mu^T mu, the covariance, (g, m, m)."""
+        mean = self.mean
+        return self.second - mean.unsqueeze(2) * mean.unsqueeze(1)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much of the calibration images a layer's moment is taken over."""
+
+    rows: int
+    """Enough rows, as a multiple of the layer's input width m."""
+    images: int
+    """That will come in all."""
+
+    def share(self, width: int, rows_per_image: float) -> float:
+        """The part of the images that a layer takes in: enough for its rows, and :data:`FEWEST` at least."""
+        return min(1.0, max(FEWEST, self.rows * width / rows_per_image) / self.images)
+
+
+class Stream:
+    """Takes in what flows into one layer, or images evenly spread over it until a budget of rows is met.
+
+    Patches that overlap go through :mod:`utilized_rank.ranks.correlations`, which multiplies no two pixels twice, in
+    their own precision; other rows are multiplied in float64.
+    """
+
+    def __init__(self, layer: Layer, budget: Budget | None) -> None:
+        self.layer = layer
+        self.budget = budget
+        self._came = 0
+        self._waiting: list[Tensor] = []
+        self._rows: Moments | None = None
+        self._by_size: dict[tuple[int, int], Correlations | None] = {}
+
+    def add(self, inputs: Tensor, images: int) -> None:
+        """Take in what the module was called with, for so many images."""
+        rows = self.layer.row_count(inputs) / images
+        share = 1.0 if self.budget is None else self.budget.share(self.layer.m, rows)
+        if share == 1:
+            self._take(inputs)
+            return
+        places = (torch.arange(self._came, self._came + len(inputs) + 1).double() * share + 1e-6).floor()
+        self._came += len(inputs)
+        if (chosen := places[1:] > places[:-1]).any():
+            self._waiting.append(inputs[chosen])
+        if sum(map(len, self._waiting)) >= TOGETHER:
+            self._take_waiting()
+
+    def _take_waiting(self) -> None:
+        # Convolutions are told apart by the size of their images.
+        for _, alike in groupby(self._waiting, lambda inputs: inputs.shape[1:]):
+            inputs = torch.cat(list(alike))
+            self._take(inputs.contiguous(memory_format=torch.channels_last) if inputs.ndim == 4 else inputs)
+        self._waiting = []
+
+    def _take(self, inputs: Tensor) -> None:
+        correlations = self._correlations(inputs)
+        if correlations is None:
+            if self._rows is None:
+                self._rows = Moments.zeros(self.layer.groups, self.layer.m)
+            self._rows.add(self.layer.rows(inputs))
+        else:
+            correlations.add(inputs)
+
+    def _correlations(self, inputs: Tensor) -> Correlations | None:
+        """Those of images of this size, or None where they do not pay."""
+        module, size = self.layer.module, (inputs.shape[-2], inputs.shape[-1])
+        if not isinstance(module, nn.Conv2d):
+            return None
+        if size not in self._by_size:
+            self._by_size[size] = Correlations(module, *size) if pays(module, *size) else None
+        return self._by_size[size]
+
+    def moments(self) -> Moments:
+        """Of all that came so far."""
+        self._take_waiting()
+        whole = Moments.zeros(self.layer.groups, self.layer.m)
+        for sums in [self._rows, *self._by_size.values()]:
+            if isinstance(sums, Correlations):
+                whole += Moments(sums.products()[None], sums.total()[None], sums.count)
+            elif sums is not None:
+                whole += sums
+        return whole
+
+
+@torch.inference_mode()
+def input_moments(
+    network: nn.Module, layers: list[Layer], batches: Iterable[Tensor], budget: Budget | None = None
+) -> dict[str, Moments]:
+    """The moments of every layer's inputs, in one pass over ``batches`` of images (B, C, H, W).
+
+    A layer that is called more than once in a pass (shared weights) adds up over its calls. Without a
+    ``budget`` every row counts.
+
+    Raises:
+        FloatingPointError: a layer received NaN or Inf, or the network gives them; names the layer.
+    """
+    network.eval()
+    streams = {layer.name: Stream(layer, budget) for layer in layers}
+    for batch in batches:
+        with _watching(streams, len(batch)):
+            outputs = network(batch)
+        if layers and not torch.isfinite(outputs).all():
+            _refuse(network, layers, batch)
+    moments = {name: stream.moments() for name, stream in streams.items()}
+    _check(moments)
+    return moments
+
+
+def _refuse(network: nn.Module, layers: list[Layer], batch: Tensor) -> NoReturn:
+    """Name the first layer that receives what is not finite in this batch, or the last layer, which gives it."""
+    streams = {layer.name: Stream(layer, None) for layer in layers}
+    with _watching(streams, len(batch)):
+        network(batch)
+    _check({name: stream.moments() for name, stream in streams.items()})
+    raise FloatingPointError(f"layer {layers[-1].name} gave values that are not finite (NaN or Inf)")
+
+
+def _check(moments: dict[str, Moments]) -> None:
+    for name, moment in moments.items():
+        # What is not finite shows in its own square and in the total.
+        if not torch.isfinite(moment.total).all() or not torch.isfinite(moment.products.diagonal(0, 1, 2)).all():
+            raise FloatingPointError(f"layer {name} received values that are not finite (NaN or Inf)")
+
+
+@contextmanager
+def _watching(streams: dict[str, Stream], images: int) -> Iterator[None]:
+    def hook(stream: Stream) -> torch.utils.hooks.RemovableHandle:
+        return stream.layer.module.register_forward_pre_hook(lambda _, args: stream.add(args[0], images))
+
+    handles = [hook(stream) for stream in streams.values()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def to_tensors(moments: dict[str, Moments]) -> dict[str, Tensor]:
+    """Flat tensors for the disk."""
+    flat: dict[str, Tensor] = {}
+    for name, moment in moments.items():
+        flat[f"{name}.products"] = moment.products
+        flat[f"{name}.total"] = moment.total
+        flat[f"{name}.count"] = torch.tensor(moment.count)
+    return flat
+
+
+def from_tensors(flat: dict[str, Tensor]) -> dict[str, Moments]:
+    """Undo :func:`to_tensors`."""
+    names = [key.removesuffix(".products") for key in flat if key.endswith(".products")]
+    return {n: Moments(flat[f"{n}.products"], flat[f"{n}.total"], int(flat[f"{n}.count"])) for n in names}

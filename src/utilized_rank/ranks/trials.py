@@ -1,0 +1,181 @@
+"""Verdicts on projected layers: is the network still accurate enough on the search split?
+
+The images that are closest to another class come first, and a trial stops as soon as those that remain
+cannot change its verdict, which is therefore that of the whole split.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import asdict, dataclass, fields
+from itertools import accumulate
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from ..networks.batches import Batches
+from ..networks.evaluation import outputs
+from ..networks.precision import Precision, autocast, resolved
+from ..networks.suffix import Suffix, Traced
+from .layers import Layer
+from .projection import projected, replaced
+from .subspaces import Subspace
+
+PROBE = 0.2
+"""Part of the search split that a guess looks at: nearly all images that a projection turns are in it."""
+
+
+@dataclass
+class Trial:
+    """What is known of one layer at one (k_S, k_T): grows as more images are looked at."""
+
+    batches: int = 0
+    """Looked at so far."""
+    images: int = 0
+    """Likewise."""
+    correct: int = 0
+    """Of those, classified correctly."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One question that images were looked at for."""
+
+    layer: str
+    epsilon: float
+    k_s: int
+    k_t: int
+    certified: bool
+    """Whether the verdict of the whole split was asked for, or a guess from its probe."""
+    images: int
+    """Looked at for it, beyond those known from earlier questions on the same ranks."""
+    passes: bool
+    """The verdict."""
+    forwards: float
+    """What it cost, in passes of the whole search split through the whole network, by FLOPs."""
+    seconds: float
+
+
+class Trials:
+    """All trials on one network and one search split.
+
+    Args:
+        network: in evaluation mode from now on.
+        inputs: the normalised images of the search split, (N, C, H, W).
+        labels: int64 (N,).
+        memory: MiB that intermediate values of the network may take.
+        precision: of the network's arithmetic, the unaltered one's too.
+        batch_size: images looked at before the next check whether the verdict is certain.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        inputs: Batches,
+        labels: Tensor,
+        memory: int,
+        precision: Precision = "float32",
+        batch_size: int = 64,
+    ) -> None:
+        self.precision = resolved(precision)
+        with autocast(self.precision):
+            logits = outputs(network, inputs, batch_size)
+        order = _order(_margin(logits, labels))
+        self.images = len(labels)
+        self._labels = labels[order].split(batch_size)
+        right = (logits.argmax(1) == labels)[order].split(batch_size)
+        self._right_before = [0, *accumulate(int(batch.sum()) for batch in right)]
+        self._suffix = Suffix(Traced(network), inputs, order.split(batch_size), memory * 2**20)
+        self._layer: Layer | None = None
+        self._share = 1.0
+        self.correct = self._right_before[-1]
+        """Images that the unaltered network classifies correctly."""
+        self._trials: dict[tuple[str, int, int], Trial] = {}
+        self.evaluations: list[Evaluation] = []
+        """Every question that images were looked at for, in order."""
+
+    def needed(self, epsilon: float) -> int:
+        """The fewest correct images that stay within ``epsilon`` percentage points."""
+        # The nudge keeps, say, 0.5 points of 200 images at exactly one image.
+        return math.ceil(self.correct - epsilon / 100 * self.images - 1e-9)
+
+    def passes(self, layer: Layer, s: Subspace, t: Subspace, k_s: int, k_t: int, epsilon: float) -> bool:
+        """Whether the network stays within ``epsilon`` points with W' = P_S W P_T in ``layer``: on the whole split."""
+        return self._ask(layer, s, t, k_s, k_t, epsilon, certified=True)
+
+    def likely(self, layer: Layer, s: Subspace, t: Subspace, k_s: int, k_t: int, epsilon: float) -> bool:
+        """A guess of :meth:`passes` from the probe, the first images: the others are taken to stay as they are."""
+        return self._ask(layer, s, t, k_s, k_t, epsilon, certified=False)
+
+    def _ask(self, layer: Layer, s: Subspace, t: Subspace, k_s: int, k_t: int, epsilon: float, certified: bool) -> bool:
+        if (k_s, k_t) == (layer.m, layer.n):
+            return True
+        trial = self._trials.setdefault((layer.name, k_s, k_t), Trial())
+        verdict = self._verdict(trial, self.needed(epsilon), certified)
+        if verdict is None:
+            began, known = time.perf_counter(), trial.images
+            self._turn_to(layer)
+            with replaced({layer: projected(layer.weight(), s, t, k_s, k_t)}):
+                while verdict is None:
+                    self._look(trial)
+                    verdict = self._verdict(trial, self.needed(epsilon), certified)
+            seen = trial.images - known
+            forwards = seen / self.images * self._share
+            seconds = time.perf_counter() - began
+            self.evaluations.append(
+                Evaluation(layer.name, epsilon, k_s, k_t, certified, seen, verdict, forwards, seconds)
+            )
+        return verdict
+
+    def _verdict(self, trial: Trial, needed: int, certified: bool) -> bool | None:
+        """Yes, no, or None where more images must be looked at."""
+        if trial.correct >= needed:
+            return True
+        if trial.correct + self.images - trial.images < needed:
+            return False
+        if certified:
+            return None
+        lost = self._right_before[trial.batches] - trial.correct
+        if lost > self.correct - needed:
+            return False
+        return True if trial.images >= PROBE * self.images else None
+
+    def _turn_to(self, layer: Layer) -> None:
+        if self._layer != layer:
+            self._layer = layer
+            with autocast(self.precision):
+                self._suffix.move_to(layer.name)
+                self._share = self._suffix.share
+
+    @torch.inference_mode()
+    def _look(self, trial: Trial) -> None:
+        with autocast(self.precision):
+            logits, labels = self._suffix.logits(trial.batches), self._labels[trial.batches]
+        trial.correct += int((logits.argmax(1) == labels).sum())
+        trial.images += len(labels)
+        trial.batches += 1
+
+    def table(self) -> pd.DataFrame:
+        """Every evaluation, one row each, columns as in :class:`Evaluation`."""
+        columns = [field.name for field in fields(Evaluation)]
+        return pd.DataFrame([asdict(evaluation) for evaluation in self.evaluations], columns=columns)
+
+
+def _margin(logits: Tensor, labels: Tensor) -> Tensor:
+    """How far the true class leads the best other one, negative where it does not, (N,)."""
+    true = logits.gather(1, labels[:, None]).squeeze(1)
+    others = logits.scatter(1, labels[:, None], -torch.inf)
+    return true - others.amax(1)
+
+
+def _order(margin: Tensor) -> Tensor:
+    """The order in which images are looked at: the probe, closest to another class first; then the wrong ones.
+
+    After the probe, those that were wrong already come first: a trial fails when too many are.
+    """
+    closest = margin.abs().argsort(stable=True)
+    probe = math.ceil(PROBE * len(margin))
+    rest = closest[probe:]
+    return torch.cat([closest[:probe], rest[margin[rest].argsort(stable=True)]])

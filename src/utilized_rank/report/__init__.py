@@ -1,0 +1,4 @@
+"""Tables, figures and pages.
+
+Uses `study`, and of `stages` their names.
+"""

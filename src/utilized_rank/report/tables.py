@@ -1,0 +1,449 @@
+"""Tables over all runs of a study, from the result files of its stages."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from ..study.config import DEFAULT_EPSILONS, FROM_SCRATCH, Comparison, Run, Study
+from ..study.store import Store, read_json, read_table
+
+METHOD_NAMES = {
+    "dense": "dense",
+    "projection": "P_S W P_T",
+    "optimal": "optimum",
+    "svd": "SVD of W",
+    "compensated": "compensated",
+    "scratch": "from random weights",
+}
+SEARCHED = {"train": "held out of training", "test": "half of the test images, which are not reported on"}
+"""Search splits, by the images that they are of."""
+
+
+def result(store: Store, stage: str, key: str) -> Any:
+    """The metrics that a stage wrote for one run."""
+    return read_json(store.report("results", f"{stage}-{key}.json"))
+
+
+def rows(store: Store, stage: str, key: str) -> pd.DataFrame:
+    """The table that a stage wrote for one run."""
+    return read_table(store.report("results", f"{stage}-{key}.csv"))
+
+
+def training_name(study: Study, run: Run) -> str:
+    """How a run's network was trained, in words."""
+    if run.pretrained == FROM_SCRATCH:
+        return "supervised"
+    before = study.pretrained[run.pretrained]
+    after = {"supervised": "fine-tuned", "linear": "linear probe", "as_given": "as given"}[run.train.method]
+    return f"{before.name} ({supervision(study, run)}), {after}"
+
+
+def supervision(study: Study, run: Run) -> str:
+    """Where a run's features come from: labels, weaker ones, or none."""
+    if run.pretrained == FROM_SCRATCH:
+        return "supervised"
+    return study.pretrained[run.pretrained].supervision or "self-supervised"
+
+
+def searches_test(study: Study) -> bool:
+    """Whether the search split of any run is of the test images: tables then say of each which it is."""
+    return any(study.search_from(key) == "test" for key in study.runs)
+
+
+def mlu_column(epsilon: float) -> str:
+    """The heading of a column of mean layer utilization."""
+    return f"MLU % (ε = {epsilon:g})"
+
+
+def utilization(study: Study, store: Store) -> pd.DataFrame:
+    """Table 1: each network, its accuracy and its mean layer utilization at each epsilon."""
+    table = []
+    for key, run in study.runs.items():
+        trained, measured = result(store, "train", key), result(store, "measure", key)
+        mlu = {mlu_column(e): 100 * measured["mlu"][f"{e:g}"] for e in study.measure.epsilons}
+        table.append(
+            {
+                "network": run.label,
+                "data set": study.title,
+                "training": training_name(study, run),
+                "parameters": trained["parameters"],
+                "test accuracy %": trained["test_accuracy"],
+                "test images": trained["test_images"],
+                **({"search split": SEARCHED[study.search_from(key)]} if searches_test(study) else {}),
+                **mlu,
+                "layers counted": measured["layers_counted"],
+                "left out": len(measured["left_out"]),
+            }
+        )
+    return pd.DataFrame(table)
+
+
+def steps(study: Study, store: Store) -> pd.DataFrame:
+    """Every network that was made of every run: original, projected, decomposed, fine-tuned.
+
+    Columns as in ``decompose.assess``, with run and label, and with parameters and FLOPs as fractions
+    of the original's (parameters_kept, flops_kept).
+    """
+    parts = []
+    for key, run in study.runs.items():
+        both = pd.concat([rows(store, "decompose", key), rows(store, "finetune", key)], ignore_index=True)
+        original = both[both.form == "original"].iloc[0]
+        both.insert(0, "run", key)
+        both.insert(1, "label", run.label)
+        both["parameters_kept"] = both.parameters / original.parameters
+        both["flops_kept"] = both.flops / original.flops
+        parts.append(both)
+    return pd.concat(parts, ignore_index=True)
+
+
+def best(study: Study) -> str:
+    """The method whose networks the study's headline numbers are of: the optimum, where it is fine-tuned."""
+    finetuned = study.decompose.finetuned
+    return "optimal" if "optimal" in finetuned else finetuned[0]
+
+
+def tuned(study: Study, all_steps: pd.DataFrame) -> pd.DataFrame:
+    """The fine-tuned networks of the best method, one row a run and epsilon, as :func:`steps` gives them."""
+    return all_steps[(all_steps.form == "fine-tuned") & (all_steps.method == best(study))]
+
+
+def with_interval(table: pd.DataFrame) -> pd.Series:
+    """Changes of accuracy as text: change, and its paired 95% interval in brackets."""
+    text = [f"{row.change:+.2f} [{row.change_low:+.2f}, {row.change_high:+.2f}]" for row in table.itertuples()]
+    return pd.Series(text, index=table.index).where(table.form != "original", "")
+
+
+def compression(all_steps: pd.DataFrame, method: str) -> pd.DataFrame:
+    """Table 2: accuracy, parameters and FLOPs at each step, for the weights of one method."""
+    shown = all_steps[all_steps.method.isin(["dense", "projection", method])]
+    shown = shown[~((shown.form == "decomposed") & (shown.method != method))]
+    shown = shown[~((shown.form == "fine-tuned") & ~shown.method.isin([method, "dense"]))]
+    return pd.DataFrame(
+        {
+            "network": shown.label,
+            "ε": shown.epsilon,
+            "step": shown.form,
+            "weights": shown.method.map(METHOD_NAMES),
+            "accuracy %": shown.accuracy,
+            "images": shown.images,
+            "change, points [95%]": with_interval(shown),
+            "parameters": shown.parameters,
+            "parameters kept %": 100 * shown.parameters_kept,
+            "MFLOPs": shown.flops / 1e6,
+            "FLOPs kept %": 100 * shown.flops_kept,
+        }
+    )
+
+
+def timings(store: Store, stage: str, key: str) -> pd.DataFrame:
+    """How long the low-rank networks took that ``decompose`` or ``frontier`` made of one run, as measured here.
+
+    Columns as in ``decompose.latency``, with method, and epsilon or ranks; empty where nothing was timed here. Results
+    may have come from a cache since: times of networks that are not those of the results are left out.
+    """
+    path = store.data("timings", f"{stage}-{key}.csv")
+    if not path.is_file():
+        return pd.DataFrame()
+    made = rows(store, stage, key)
+    of = ["ranks" if "ranks" in made else "epsilon", "method"]
+    kept = made[made.form == "decomposed"].assign(kept=made.flops / made[made.form == "original"].flops.iloc[0])
+    times = read_table(path).merge(kept[[*of, "kept"]], on=of)
+    return times[np.isclose(times.flops_kept, times.kept)].drop(columns="kept")
+
+
+def latencies(study: Study, store: Store) -> pd.DataFrame:
+    """How long each low-rank network takes beside its original: one row a network, choice of ranks and method."""
+    parts = []
+    for stage, keys in (("decompose", study.runs), ("frontier", study.frontier)):
+        for key in keys:
+            timed = timings(store, stage, key)
+            if len(timed):
+                parts.append(
+                    pd.DataFrame(
+                        {
+                            "network": study.runs[key].label,
+                            "ranks": timed.ranks if "ranks" in timed else [f"ε = {e:g}" for e in timed.epsilon],
+                            "weights": timed.method.map(METHOD_NAMES),
+                            "images at a time": timed.images,
+                            "original, ms": 1000 * timed.original,
+                            "decomposed, ms": 1000 * timed.decomposed,
+                            "time kept %": 100 * timed.decomposed / timed.original,
+                            "FLOPs kept %": 100 * timed.flops_kept,
+                        }
+                    )
+                )
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
+
+
+def timed(study: Study, store: Store) -> pd.DataFrame:
+    """The frontier's networks before training whose time was taken here: their results, label and time_kept."""
+    parts = []
+    for key in study.frontier:
+        times = timings(store, "frontier", key)
+        if len(times):
+            times["time_kept"] = times.decomposed / times.original
+            made = rows(store, "frontier", key)
+            made = made[made.form == "decomposed"].assign(label=study.runs[key].label)
+            parts.append(made.merge(times[["ranks", "method", "time_kept"]], on=["ranks", "method"]))
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
+
+
+def training_kinds(study: Study, store: Store, comparison: Comparison) -> pd.DataFrame:
+    """One row a kind of training and epsilon: kind, run, epsilon, mlu, first, middle, last, rankme, accuracy.
+
+    first, middle and last are the mean utilization of the layers in each third of the depth.
+    """
+    table = []
+    for kind, key in comparison.runs().items():
+        measured, trained, layers = (
+            result(store, "measure", key),
+            result(store, "train", key),
+            rows(store, "measure", key),
+        )
+        for epsilon in study.measure.epsilons:
+            used = layers[layers.epsilon == epsilon].utilization.reset_index(drop=True)
+            third = pd.Series(used.index * 3 // len(used)).map({0: "first", 1: "middle", 2: "last"})
+            table.append(
+                {
+                    "kind": kind,
+                    "run": key,
+                    "epsilon": epsilon,
+                    "mlu": used.mean(),
+                    **used.groupby(third).mean().to_dict(),
+                    "rankme": measured["rankme"],
+                    "accuracy": trained["test_accuracy"],
+                    "images": trained["test_images"],
+                }
+            )
+    return pd.DataFrame(table)
+
+
+def by_training(study: Study, store: Store) -> pd.DataFrame:
+    """Table 3: supervised against self-supervised, for every comparison of the study."""
+    parts = []
+    for comparison in study.comparisons.values():
+        table = training_kinds(study, store, comparison)
+        parts.append(
+            pd.DataFrame(
+                {
+                    "network": comparison.label,
+                    "training": [training_name(study, study.runs[run]) for run in table.run],
+                    "ε": table.epsilon,
+                    "MLU %": 100 * table.mlu,
+                    "first third %": 100 * table["first"],
+                    "middle third %": 100 * table["middle"],
+                    "last third %": 100 * table["last"],
+                    "RankMe": table.rankme,
+                    "test accuracy %": table.accuracy,
+                    "images": table.images,
+                }
+            )
+        )
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
+
+
+def repeats(study: Study, store: Store, all_steps: pd.DataFrame) -> pd.DataFrame:
+    """Mean and standard deviation over runs that differ in their random numbers alone: one row a quantity."""
+    table = []
+    low_rank = tuned(study, all_steps)
+    for group in study.repeats.values():
+        trained = [result(store, "train", run)["test_accuracy"] for run in group.runs]
+        measured = [result(store, "measure", run)["mlu"] for run in group.runs]
+        quantities = {"test accuracy %": trained}
+        for epsilon in study.measure.epsilons:
+            at = low_rank[(low_rank.epsilon == epsilon) & low_rank.run.isin(group.runs)]
+            quantities |= {
+                mlu_column(epsilon): [100 * mlu[f"{epsilon:g}"] for mlu in measured],
+                f"parameters kept % (ε = {epsilon:g})": [100 * kept for kept in at.parameters_kept],
+                f"change after fine-tuning, points (ε = {epsilon:g})": list(at.change),
+            }
+        for name, values in quantities.items():
+            found = pd.Series(values)
+            table.append(
+                {
+                    "network": group.label,
+                    "quantity": name,
+                    "runs": len(found),
+                    "mean": found.mean(),
+                    "standard deviation": found.std(),
+                }
+            )
+    return pd.DataFrame(table)
+
+
+def methods(all_steps: pd.DataFrame) -> pd.DataFrame:
+    """Table 4: the same ranks with each method's weights, before and after fine-tuning."""
+    low_rank = all_steps[all_steps.method != "dense"]
+    before = low_rank[low_rank.form == "decomposed"]
+    after = low_rank[low_rank.form == "fine-tuned"].set_index(["run", "epsilon", "method"])
+    keys = list(zip(before.run, before.epsilon, before.method, strict=True))
+    trained_on = after.reindex(keys).reset_index()
+    return pd.DataFrame(
+        {
+            "network": before.label.to_numpy(),
+            "ε": before.epsilon.to_numpy(),
+            "weights": before.method.map(METHOD_NAMES).to_numpy(),
+            "parameters kept %": 100 * before.parameters_kept.to_numpy(),
+            "before, %": before.accuracy.to_numpy(),
+            "change before, points [95%]": with_interval(before).to_numpy(),
+            "after, %": trained_on.accuracy.to_numpy(),
+            "change after, points [95%]": with_interval(trained_on).where(trained_on.accuracy.notna(), "").to_numpy(),
+            "images": before.images.to_numpy(),
+        }
+    )
+
+
+def frontier(study: Study, store: Store) -> pd.DataFrame:
+    """Table 6: every choice of ranks and kind of weights of the runs that have a frontier, before and after training.
+
+    Of several seeds the first; :func:`frontier_seeds` has them all.
+    """
+    parts = []
+    for key in study.frontier:
+        made = rows(store, "frontier", key)
+        original = made[made.form == "original"].iloc[0]
+        shown = made[made.seed.fillna(0) == 0]
+        parts.append(
+            pd.DataFrame(
+                {
+                    "network": study.runs[key].label,
+                    "ranks": shown.ranks,
+                    "weights": shown.method.map(METHOD_NAMES),
+                    "step": shown.form,
+                    "accuracy %": shown.accuracy,
+                    "change, points [95%]": with_interval(shown),
+                    "search split %": shown.search_accuracy,
+                    "parameters kept %": 100 * shown.parameters / original.parameters,
+                    "FLOPs kept %": 100 * shown.flops / original.flops,
+                    "learning rate": shown.lr,
+                    "images": shown.images,
+                }
+            )
+        )
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
+
+
+def frontier_seeds(study: Study, store: Store) -> pd.DataFrame:
+    """Mean and standard deviation, over random numbers, of the change after fine-tuning: one row a network."""
+    parts = []
+    for key in study.frontier:
+        made = rows(store, "frontier", key)
+        if made.seed.max() > 0:
+            change = made[made.form == "fine-tuned"].groupby(["ranks", "method"], sort=False).change
+            table = change.agg(["count", "mean", "std"]).reset_index()
+            parts.append(
+                pd.DataFrame(
+                    {
+                        "network": study.runs[key].label,
+                        "ranks": table.ranks,
+                        "weights": table.method.map(METHOD_NAMES),
+                        "seeds": table["count"],
+                        "mean change, points": table["mean"],
+                        "standard deviation": table["std"],
+                    }
+                )
+            )
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
+
+
+def sheets(study: Study, store: Store, record: dict[str, Any], all_steps: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Every table of the report that has rows, by the name of its file.
+
+    Args:
+        study: its parameters.
+        store: its folders.
+        record: the provenance.
+        all_steps: as :func:`steps` gives them.
+    """
+    made = {
+        "table1-utilization": utilization(study, store),
+        "repeats": repeats(study, store, all_steps),
+        "table2-compression": compression(all_steps, best(study)),
+        "table3-training": by_training(study, store),
+        "table4-methods": methods(all_steps),
+        "table5-settings": settings(study, store, record),
+        "table6-frontier": frontier(study, store),
+        "frontier-seeds": frontier_seeds(study, store),
+    }
+    return {name: sheet for name, sheet in made.items() if len(sheet)}
+
+
+def summary(study: Study, store: Store, all_steps: pd.DataFrame) -> dict[str, Any]:
+    """The headline numbers of every run: accuracy, MLU, and what is kept and lost after fine-tuning.
+
+    Of a run that has a frontier, too: by weights, choice of ranks and step, of the first seed.
+    """
+    runs: dict[str, Any] = {}
+    low_rank = tuned(study, all_steps)
+    for key in study.runs:
+        compressed = {f"{row.epsilon:g}": _kept_and_lost(row) for row in low_rank[low_rank.run == key].itertuples()}
+        runs[key] = {
+            "label": study.runs[key].label,
+            "training": training_name(study, study.runs[key]),
+            "supervision": supervision(study, study.runs[key]),
+            "test_accuracy": result(store, "train", key)["test_accuracy"],
+            "mlu": result(store, "measure", key)["mlu"],
+            "finetuned": compressed,
+        }
+    for key in study.frontier:
+        made = rows(store, "frontier", key)
+        whole = made[made.form == "original"].iloc[0]
+        kept = {"parameters_kept": made.parameters / whole.parameters, "flops_kept": made.flops / whole.flops}
+        made = made.assign(**kept)[(made.seed.fillna(0) == 0) & (made.form != "original")]
+        of: dict[str, dict[str, Any]] = {method: {} for method in made.method.unique()}
+        for row in made.itertuples():
+            of[row.method].setdefault(row.ranks, {})[row.form] = _kept_and_lost(row)
+        runs[key]["frontier"] = of
+    return runs
+
+
+def _kept_and_lost(row: Any) -> dict[str, float]:
+    return {
+        name: getattr(row, name) for name in ("parameters_kept", "flops_kept", "change", "change_low", "change_high")
+    }
+
+
+def settings(study: Study, store: Store, record: dict[str, Any]) -> pd.DataFrame:
+    """Table 5: every parameter by its name in params.yaml, defaults included; what was looked at; and by what.
+
+    Args:
+        study: its parameters.
+        store: its folders.
+        record: the provenance.
+    """
+    found: dict[str, Any] = {"runs": {key: _looked_at(study, store, key) for key in study.runs}}
+    if study.measure.by_default:
+        by_default = f"by default {[*DEFAULT_EPSILONS]}, none finer than one search image"
+        found["tolerances"] = f"{study.measure.epsilons}: {by_default}"
+    found["machine"] = {key: record[key] for key in ("processor", "system", "python", "packages")}
+    flat = _flatten(study.model_dump(), "") | _flatten(found, "found: ")
+    return pd.DataFrame({"parameter": list(flat), "value": [_text(value) for value in flat.values()]})
+
+
+def _looked_at(study: Study, store: Store, key: str) -> dict[str, Any]:
+    """How many images, evaluations and passes one run's numbers rest on."""
+    trained, measured = result(store, "train", key), result(store, "measure", key)
+    return {
+        "calibration images": measured["calibration_images"],
+        "search images": measured["search_images"],
+        **({"search split": SEARCHED[study.search_from(key)]} if searches_test(study) else {}),
+        "test images": trained["test_images"],
+        "evaluations of the rank search": measured["evaluations"],
+        "passes of the search split": round(measured["passes_of_the_search_split"], 1),
+        "precision of the rank search": measured["search_precision"],
+    }
+
+
+def _flatten(value: dict[str, Any], prefix: str) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        name = f"{prefix}{key}"
+        flat |= _flatten(item, f"{name}.") if isinstance(item, dict) and item else {name: item}
+    return flat
+
+
+def _text(value: Any) -> str:
+    return "null" if value is None else f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,76 @@
+"""What a result came from: hashes of code, parameters and data, versions, processor, threads, seed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from ..networks.precision import resolved
+from .config import Study
+
+PACKAGES = ("torch", "torchvision", "timm", "lightly", "numpy", "scipy", "scikit-learn", "dvc", "papermill")
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def tree_hash(paths: list[Path], root: Path) -> str:
+    """SHA-256 over the names (relative to ``root``) and contents of files, in sorted order."""
+    lines = [f"{path.relative_to(root).as_posix()} {file_hash(path)}" for path in sorted(paths)]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def parameter_hash(study: Study) -> str:
+    """SHA-256 of all parameters, defaults included."""
+    return hashlib.sha256(json.dumps(study.model_dump(), sort_keys=True).encode()).hexdigest()
+
+
+def processor() -> str:
+    """The processor's model name, as the system gives it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def provenance(study: Study, data: list[Path], root: Path) -> dict[str, Any]:
+    """The record that lies beside a study's results.
+
+    Args:
+        study: its parameters.
+        data: the files that hold its images and splits.
+        root: the project's root.
+
+    A git revision is left out on purpose: committing the record would change it.
+    """
+    root = root.absolute()
+    code = [*root.glob("src/**/*.py"), *root.glob(f"data/{study.name}/notebooks/*.ipynb")]  # the notebooks as they run
+    return {
+        "study": study.name,
+        "title": study.title,
+        "code": tree_hash(code, root),
+        "parameters": parameter_hash(study),
+        "data": tree_hash([path.absolute() for path in data], root),
+        "seed": study.seed,
+        "precision": {
+            "training": resolved(study.precision),
+            "rank search": resolved(study.measure.precision),
+            "evaluation": "float32",
+            "sums of second moments": "float64",
+        },
+        "threads": study.threads,
+        "processor": processor(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "packages": {name: version(name) for name in PACKAGES},
+    }

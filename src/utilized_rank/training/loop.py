@@ -1,0 +1,245 @@
+"""The one training loop, and the losses of supervised training and linear probing."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ..datasets.data import Dataset
+from ..datasets.images import Split
+from ..networks.batches import Batches
+from ..networks.evaluation import BATCH, features, is_correct
+from ..networks.precision import Precision, autocast
+from ..study.config import Augmentation, Finetune, Recipe, Study
+from ..study.runtime import start
+from .models import classifier
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+"""From a batch of training images as they are kept, and their labels, int64 (B,), to its mean loss, a scalar."""
+
+
+def fit(
+    parameters: Iterable[nn.Parameter],
+    loss: Loss,
+    split: Split,
+    recipe: Recipe,
+    generator: torch.Generator,
+    precision: Precision = "float32",
+    after_epoch: Callable[[], dict[str, float]] = dict,
+    title: str = "training",
+) -> pd.DataFrame:
+    """Minimise ``loss`` over ``parameters``.
+
+    Args:
+        parameters: what is trained.
+        loss: of a batch.
+        split: what batches are drawn from, without replacement in an epoch.
+        recipe: epochs, batch size, optimiser and schedule.
+        generator: orders the images.
+        precision: of the autocast around ``loss``.
+        after_epoch: further columns for the curve.
+        title: of the progress bar.
+
+    Returns the curve, one row an epoch: epoch (from 1), lr, loss, and the columns of ``after_epoch``.
+
+    Raises:
+        FloatingPointError: the loss is no longer finite; names the epoch.
+    """
+    parameters = [p for p in parameters if p.requires_grad]
+    optimizer = _optimizer(parameters, recipe)
+    # The last, smaller batch is dropped (batch norm needs more than a few), unless it is the only one.
+    batch_size = min(recipe.batch_size, len(split))
+    steps = len(split) // batch_size
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _warmup_cosine(recipe, steps))
+    curve = []
+    for epoch in tqdm(range(1, recipe.epochs + 1), desc=title, unit="epoch"):
+        order = torch.randperm(len(split), generator=generator)[: steps * batch_size]
+        total, rate = 0.0, optimizer.param_groups[0]["lr"]
+        for images, labels in split.batches(order.split(batch_size)):
+            with autocast(precision):
+                value = loss(images, labels)
+            optimizer.zero_grad(set_to_none=True)
+            value.backward()
+            nn.utils.clip_grad_norm_(parameters, 5.0)
+            optimizer.step()
+            schedule.step()
+            total += value.item()
+        if not math.isfinite(total):
+            raise FloatingPointError(f"{title}: the loss is not finite in epoch {epoch}; try a smaller lr")
+        curve.append({"epoch": epoch, "lr": rate, "loss": total / steps, **after_epoch()})
+    return pd.DataFrame(curve)
+
+
+def _optimizer(parameters: list[nn.Parameter], recipe: Recipe) -> torch.optim.Optimizer:
+    # Biases and the scales of normalisation are vectors: decaying them only shifts what they undo.
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": recipe.weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    if recipe.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=recipe.lr, momentum=0.9, nesterov=True)
+    return torch.optim.AdamW(groups, lr=recipe.lr)
+
+
+def _warmup_cosine(recipe: Recipe, steps: int) -> Callable[[int], float]:
+    total = recipe.epochs * steps
+    warmup = min(round(recipe.warmup_epochs * steps), total // 2)
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+    return factor
+
+
+def train_supervised(
+    network: nn.Module, dataset: Dataset, recipe: Recipe, generator: torch.Generator, precision: Precision, title: str
+) -> pd.DataFrame:
+    """Train all of ``network`` on the labels; the curve has its accuracy (%) on the search split."""
+
+    def loss(images: Tensor, labels: Tensor) -> Tensor:
+        network.train()
+        changed = dataset.augmented(images, recipe.augmentation, generator)
+        return F.cross_entropy(network(changed), labels, label_smoothing=recipe.label_smoothing)
+
+    watch = _watch(network, dataset)
+    return fit(network.parameters(), loss, dataset.splits["train"], recipe, generator, precision, watch, title)
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A network that was trained on."""
+
+    network: nn.Module
+    lr: float
+    curve: pd.DataFrame
+    """As :func:`fit` returns it, with the accuracy (%) on the search split."""
+
+
+TEMPERATURE = 4.0
+"""Of distillation (Hinton et al. 2015)."""
+
+
+def finetune(
+    network: nn.Module, original: nn.Module, dataset: Dataset, recipe: Finetune, study: Study, purpose: str, title: str
+) -> list[Tuned]:
+    """Train copies of ``network`` on: one for each seed of ``recipe``.
+
+    Args:
+        network: what is trained on, never changed.
+        original: whose predictions it also learns from, where ``recipe`` asks for distillation.
+        dataset: of the training and the search split.
+        recipe: of every copy. Of several learning rates the first seed takes the one that is best on the search
+            split (one whose loss does not stay finite is out), and the others follow.
+        study: seed, threads and precision.
+        purpose: of the random numbers: those of one purpose and seed are the same for every network.
+        title: of the progress bar.
+    """
+    teacher = copy.deepcopy(original).eval()
+
+    def trained(lr: float, seed: int) -> Tuned:
+        student = copy.deepcopy(network)
+        generator = start(study, purpose if seed == 0 else f"{purpose} {seed}")
+
+        def loss(images: Tensor, labels: Tensor) -> Tensor:
+            student.train()
+            changed = dataset.augmented(images, recipe.augmentation, generator)
+            logits = student(changed)
+            value = F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
+            if recipe.distillation:
+                value = torch.lerp(value, distillation(logits, teacher, changed), recipe.distillation)
+            return value
+
+        its = recipe.model_copy(update={"lr": lr})
+        train, watch = dataset.splits["train"], _watch(student, dataset)
+        curve = fit(student.parameters(), loss, train, its, generator, study.precision, watch, title)
+        return Tuned(student, lr, curve)
+
+    tried, failed = [], None
+    for lr in dict.fromkeys([recipe.lr, *recipe.lrs]):
+        try:
+            tried.append(trained(lr, 0))
+        except FloatingPointError as error:  # too large a step: another may do
+            failed = error
+    if failed is not None and not tried:
+        raise failed
+    best = max(tried, key=lambda tuned: tuned.curve.search_accuracy.iloc[-1])
+    return [best, *(trained(best.lr, seed) for seed in range(1, recipe.seeds))]
+
+
+def distillation(logits: Tensor, teacher: nn.Module, images: Tensor) -> Tensor:
+    """T^2 times the divergence of softened predictions (B, classes) from the teacher's (Hinton et al. 2015)."""
+    with torch.no_grad():
+        wanted = (teacher(images).float() / TEMPERATURE).log_softmax(1)
+    given = (logits.float() / TEMPERATURE).log_softmax(1)
+    return TEMPERATURE**2 * F.kl_div(given, wanted, log_target=True, reduction="batchmean")
+
+
+@torch.no_grad()
+def with_statistics(
+    network: nn.Module, dataset: Dataset, images: int, augmentation: Augmentation, generator: torch.Generator
+) -> nn.Module:
+    """A copy of ``network`` whose batch norms have the statistics of training images, as they flow through it.
+
+    Args:
+        network: never changed.
+        dataset: of the images.
+        images: how many of the training split, the first ones; a last, smaller batch is left out.
+        augmentation: that of training: without it the statistics are those of other images.
+        generator: of the changes.
+    """
+    other = copy.deepcopy(network).eval()
+    for module in other.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.reset_running_stats()
+            module.momentum = None  # the mean over all batches
+            module.train()
+    train = dataset.splits["train"]
+    count = min(images, len(train))
+    whole = max(1, count // BATCH) * BATCH  # every batch counts as much as the others
+    for batch, _ in train.batches(torch.arange(count)[:whole].split(BATCH)):
+        other(dataset.augmented(batch, augmentation, generator))
+    return other.eval()
+
+
+def train_linear(
+    network: nn.Module, dataset: Dataset, recipe: Recipe, generator: torch.Generator, precision: Precision, title: str
+) -> pd.DataFrame:
+    """Train the classifier alone on the features of the frozen rest (a linear probe).
+
+    The images are not augmented, so the features are computed once.
+    """
+    head = classifier(network)
+    split = Split(features(network, head, dataset.inputs("train")), dataset.labels("train"))
+
+    def loss(seen: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(head(seen), labels, label_smoothing=recipe.label_smoothing)
+
+    watch = _watch(head, dataset, features(network, head, dataset.inputs("search")))
+    return fit(head.parameters(), loss, split, recipe, generator, precision, watch, title)
+
+
+def leave_as_given(
+    network: nn.Module, dataset: Dataset, recipe: Recipe, generator: torch.Generator, precision: Precision, title: str
+) -> pd.DataFrame:
+    """No training: an empty curve."""
+    return pd.DataFrame(columns=["epoch", "lr", "loss", "search_accuracy"])
+
+
+METHODS = {"supervised": train_supervised, "linear": train_linear, "as_given": leave_as_given}
+
+
+def _watch(network: nn.Module, dataset: Dataset, inputs: Batches | None = None) -> Callable[[], dict[str, float]]:
+    """Accuracy on the search split, after an epoch."""
+    inputs = dataset.inputs("search") if inputs is None else inputs
+    labels = dataset.labels("search")
+    return lambda: {"search_accuracy": 100 * float(is_correct(network, inputs, labels).mean())}

@@ -1,0 +1,319 @@
+"""Architectures by name, and their weights from a given file."""
+
+from __future__ import annotations
+
+import difflib
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from ..datasets.images import CHANNELS
+from ..networks.attention import explicit
+from ..study import config
+from ..study.provenance import file_hash
+from ..study.store import read_tensors
+
+Shape = tuple[int, int, int]
+"""Of an image: channels, height, width."""
+VGG11 = (64, "pool", 128, "pool", 256, 256, "pool", 512, 512, "pool", 512, 512, "pool")
+
+
+class VGG(nn.Module):
+    """VGG11 with batch norm (Simonyan and Zisserman 2015) for small images: one linear layer on top."""
+
+    def __init__(self, model: config.Model, channels: int, classes: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for item in VGG11:
+            if item == "pool":
+                layers.append(nn.MaxPool2d(2))
+                continue
+            width = _scaled(cast(int, item), model.width)
+            layers += [nn.Conv2d(channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+            channels = width
+        self.features = nn.Sequential(*layers)
+        self.linear = nn.Linear(channels, classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (N, C, H, W) to logits (N, classes)."""
+        return self.linear(self.features(images).mean((2, 3)))
+
+
+class ResidualBlock(nn.Module):
+    """Two 3 x 3 convolutions and a shortcut without parameters (He et al. 2016, option A)."""
+
+    def __init__(self, channels: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, width, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.stride = stride
+        self.padding = width - channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, channels, H, W) to (N, width, H / stride, W / stride)."""
+        shortcut = x
+        if self.stride > 1 or self.padding:
+            half = self.padding // 2
+            shortcut = x[:, :, :: self.stride, :: self.stride]
+            shortcut = F.pad(shortcut, (0, 0, 0, 0, half, self.padding - half))
+        out = torch.relu(self.bn1(self.conv1(x)))
+        return torch.relu(self.bn2(self.conv2(out)) + shortcut)
+
+
+class ResNet20(nn.Module):
+    """The CIFAR form of He et al. 2016 with three blocks a stage."""
+
+    def __init__(self, model: config.Model, channels: int, classes: int) -> None:
+        super().__init__()
+        widths = [_scaled(w, model.width) for w in (16, 32, 64)]
+        self.conv1 = nn.Conv2d(channels, widths[0], 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(widths[0])
+        self.layer1 = self._stage(widths[0], widths[0], 1)
+        self.layer2 = self._stage(widths[0], widths[1], 2)
+        self.layer3 = self._stage(widths[1], widths[2], 2)
+        self.linear = nn.Linear(widths[2], classes)
+
+    @staticmethod
+    def _stage(channels: int, width: int, stride: int) -> nn.Sequential:
+        blocks = [ResidualBlock(channels, width, stride)]
+        blocks += [ResidualBlock(width, width, 1) for _ in range(2)]
+        return nn.Sequential(*blocks)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (N, C, H, W) to logits (N, classes)."""
+        x = torch.relu(self.bn1(self.conv1(images)))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        return self.linear(x.mean((2, 3)))
+
+
+def _scaled(width: int, multiple: float) -> int:
+    return max(1, round(width * multiple))
+
+
+def _vit(model: config.Model, shape: Shape, classes: int) -> nn.Module:
+    import timm  # a second to import, and only this architecture needs it
+
+    return timm.create_model(
+        "vit_tiny_patch16_224",
+        img_size=shape[1:],
+        in_chans=shape[0],
+        patch_size=model.patch_size,
+        embed_dim=model.dim,
+        depth=model.depth,
+        num_heads=model.heads,
+        num_classes=classes,
+    )
+
+
+def _timm(model: config.Model, shape: Shape, classes: int | None, weights: bool = False) -> nn.Module:
+    import timm
+
+    name = model.architecture.removeprefix("timm/")
+    if not timm.is_model(name):
+        raise config.StudyError(f"timm has no {name!r}{_like(name, timm.list_models())}")
+    base, _, tag = name.partition(".")
+    if tag and name not in timm.list_pretrained(f"{base}.*"):
+        known = timm.list_pretrained(f"{base}.*")
+        raise config.StudyError(f"timm has no {name!r}{_like(name, known)}")
+    cfg = timm.get_pretrained_cfg(name)
+    given: dict[str, Any] = {"in_chans": shape[0]}
+    if classes is not None:
+        given["num_classes"] = classes
+    if cfg is not None and cfg.fixed_input_size:
+        given["img_size"] = shape[1:]
+    return _cut(timm.create_model(name, pretrained=weights, **given), model.blocks)
+
+
+def _torchvision(model: config.Model, shape: Shape, classes: int | None, weights: str | None = None) -> nn.Module:
+    from torchvision import models
+
+    name = model.architecture.removeprefix("torchvision/")
+    if name not in models.list_models(models):
+        raise config.StudyError(f"torchvision has no {name!r}{_like(name, models.list_models(models))}")
+    if shape[0] != CHANNELS:
+        raise config.StudyError(f"torchvision's networks take images of {CHANNELS} channels, not {shape[0]}")
+    named = list(models.get_model_weights(name).__members__)
+    if weights not in (None, "DEFAULT", *named):
+        raise config.StudyError(f"torchvision has no weights {weights!r} for {name} (known: {', '.join(named)})")
+    given: dict[str, Any] = {} if classes is None else {"num_classes": classes}
+    if name.startswith("vit"):
+        given["image_size"] = shape[1]
+    try:
+        return _cut(models.get_model(name, weights=weights, **given), model.blocks)
+    except (AssertionError, ValueError) as error:  # its own words on sizes that it does not take
+        raise config.StudyError(f"torchvision's {name} does not take data.image_size {shape[1]}: {error}") from None
+
+
+def _like(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    return f": did you mean {' or '.join(close)}?" if close else ""
+
+
+def _cut(network: nn.Module, blocks: int | None) -> nn.Module:
+    """A transformer with its first ``blocks`` only, as timm or torchvision keeps them."""
+    if blocks is not None:
+        path = next((path for path in ("blocks", "encoder.layers") if _has(network, path)), None)
+        if path is None:
+            raise config.StudyError(f"{type(network).__name__} has no list of blocks: leave blocks away")
+        parent, _, name = path.rpartition(".")
+        whole = cast(nn.Sequential, network.get_submodule(path))
+        setattr(network.get_submodule(parent), name, whole[:blocks])
+    return network
+
+
+def _has(network: nn.Module, path: str) -> bool:
+    return any(name == path for name, _ in network.named_modules())
+
+
+def _of_library(model: config.Model, shape: Shape, classes: int | None) -> nn.Module:
+    make = _timm if model.architecture.startswith("timm/") else _torchvision
+    return make(model, shape, classes)
+
+
+BUILDERS: dict[str, Callable[[config.Model, Shape, int], nn.Module]] = {
+    "vgg11": lambda model, shape, classes: VGG(model, shape[0], classes),
+    "resnet20": lambda model, shape, classes: ResNet20(model, shape[0], classes),
+    "vit": _vit,
+}
+
+
+def build(model: config.Model, shape: Shape, classes: int) -> nn.Module:
+    """A network with random weights, for images of ``shape`` (channels, height, width).
+
+    Convolutions of our own networks are initialised as by He et al. 2015 (fan out), all else as timm or
+    torchvision does.
+
+    Raises:
+        StudyError: timm or torchvision does not have it, or not for such images.
+    """
+    network = BUILDERS.get(model.architecture, _of_library)(model, shape, classes)
+    if model.architecture in ("vgg11", "resnet20"):
+        for module in network.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    # Convolutions on this layout are half again as fast on processors; linear layers do not care.
+    return network.to(memory_format=torch.channels_last)
+
+
+def load(path: Path, model: config.Model, shape: Shape, classes: int, qkv: str = "fused") -> nn.Module:
+    """A network with the weights of a safetensors file, in evaluation mode, all of whose layers are called.
+
+    Args:
+        path: of the file.
+        model: whose weights are in it.
+        shape: of images: channels, height, width.
+        classes: how many.
+        qkv: whether a ``fused`` projection of queries, keys and values stays one layer, or is ``split`` in three.
+    """
+    network = build(model, shape, classes)
+    network.load_state_dict(read_tensors(path)[0])
+    return explicit(network, qkv == "split").eval()
+
+
+def classifier(network: nn.Module) -> nn.Linear:
+    """The last linear layer: its inputs are the network's features.
+
+    Raises:
+        StudyError: the network has no linear layer.
+    """
+    linear = [module for module in network.modules() if isinstance(module, nn.Linear)]
+    if not linear:
+        raise config.StudyError(f"{type(network).__name__} has no linear layer to classify with")
+    return linear[-1]
+
+
+def read_checkpoint(path: Path, sha256: str, url: str | None = None) -> dict[str, Tensor]:
+    """The tensors of a given file: safetensors, or a state dict that ``torch.load`` reads without running code.
+
+    Args:
+        path: of the file.
+        sha256: its SHA-256, in hexadecimal.
+        url: where it is downloaded from when it is not there.
+
+    Raises:
+        StudyError: it is missing, is not the file that the study means, or holds something else.
+    """
+    if not path.is_file():
+        _download(path, sha256, url)
+    if (found := file_hash(path)) != sha256:
+        raise config.StudyError(f"checkpoint {path} has SHA-256 {found}, not {sha256}: it is another file")
+    try:
+        if path.suffix == ".safetensors":
+            return read_tensors(path)[0]
+        held = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, IndexError, ValueError) as error:
+        why = str(error).splitlines() or [type(error).__name__]
+        raise config.StudyError(f"checkpoint {path} cannot be read: {why[0]}") from None
+    for key in ("state_dict", "model"):  # what training scripts wrap it in
+        held = held.get(key, held) if isinstance(held, dict) else held
+    if not isinstance(held, dict) or not all(isinstance(tensor, Tensor) for tensor in held.values()):
+        raise config.StudyError(f"checkpoint {path} holds no state dict")
+    return {name.removeprefix("module."): tensor for name, tensor in held.items()}
+
+
+def _download(path: Path, sha256: str, url: str | None) -> None:
+    """Bring a file from ``url`` to ``path``, whole and checked or not at all."""
+    if url is None:
+        raise config.StudyError(f"checkpoint {path} is not there: put the file in place, or correct its path")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        torch.hub.download_url_to_file(url, str(path), sha256, progress=False)
+    except (OSError, RuntimeError) as error:  # RuntimeError: it has another hash
+        raise config.StudyError(
+            f"checkpoint {path} is not there, and cannot be downloaded ({error}). Connect to a network once; or get "
+            f"{url} by other means, with SHA-256 {sha256}, and put it there under that name."
+        ) from None
+
+
+def published(model: config.Model, weights: str | None, shape: Shape, classes: int) -> dict[str, Tensor]:
+    """The tensors that timm or torchvision publishes for an architecture, from their caches or a download.
+
+    The classifier is left out where it is for another number of classes.
+
+    Raises:
+        StudyError: the architecture is not theirs, or the weights cannot be had.
+    """
+    library, _, name = model.architecture.rpartition("/")
+    if not library:
+        raise config.StudyError(f"nobody publishes weights for {name}: method published is for timm/ and torchvision/")
+    try:
+        if library == "timm":
+            network = _timm(model, shape, None, weights=True)
+        else:
+            network = _torchvision(model, shape, None, weights or "DEFAULT")
+    except (OSError, RuntimeError, ValueError, KeyError) as error:
+        raise config.StudyError(
+            f"the weights of {model.architecture} are in no cache, and cannot be downloaded "
+            f"({str(error).splitlines()[0]}): connect to a network once, or give a file by method: checkpoint"
+        ) from None
+    own, tensors = build(model, shape, classes), network.state_dict()
+    last = classifier(own)
+    head = next(name for name, module in own.named_modules() if module is last)
+    fits = f"{head}.weight" in tensors and tensors[f"{head}.weight"].shape == last.weight.shape
+    return {name: tensor for name, tensor in tensors.items() if fits or name.rpartition(".")[0] != head}
+
+
+def start_from(network: nn.Module, tensors: dict[str, Tensor]) -> list[str]:
+    """Load the tensors that are given into ``network``; the others keep their random values.
+
+    Returns the names of those others: none for a whole checkpoint, the classifier's for an
+    encoder, all of them where nothing is given.
+
+    Raises:
+        StudyError: a tensor that the network does not have, or of another shape.
+    """
+    own = network.state_dict()
+    for name, tensor in tensors.items():
+        if name not in own or own[name].shape != tensor.shape:
+            expected = tuple(own[name].shape) if name in own else "no such tensor"
+            raise config.StudyError(f"{name} {tuple(tensor.shape)} does not fit the network: {expected}")
+    network.load_state_dict(tensors, strict=False)
+    return [name for name in own if name not in tensors]
