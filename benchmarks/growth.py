@@ -14,11 +14,11 @@ from matplotlib.figure import Figure
 
 from utilized_rank.networks.precision import autocast, resolved
 from utilized_rank.ranks.layers import countable
+from utilized_rank.ranks.measure import layer_ranks
 from utilized_rank.ranks.moments import input_moments
 from utilized_rank.ranks.projection import bases
 from utilized_rank.ranks.trials import Trials
 from utilized_rank.report.figures import style
-from utilized_rank.stages.measure import layer_ranks
 
 from .setting import NETWORKS, Setting, setting
 

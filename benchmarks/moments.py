@@ -13,12 +13,12 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from utilized_rank.ranks.layers import countable
+from utilized_rank.ranks.measure import layer_ranks
 from utilized_rank.ranks.moments import FEWEST, Budget, Moments, input_moments
 from utilized_rank.ranks.projection import bases
 from utilized_rank.ranks.subspaces import energy_rank
 from utilized_rank.ranks.trials import Trials
 from utilized_rank.report.figures import style
-from utilized_rank.stages.measure import layer_ranks
 from utilized_rank.study.config import Measure
 
 from .setting import CALIBRATION, NETWORKS, Setting

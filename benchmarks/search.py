@@ -11,13 +11,13 @@ from matplotlib.figure import Figure
 
 from utilized_rank.networks.precision import autocast, resolved
 from utilized_rank.ranks.layers import Layer, countable
+from utilized_rank.ranks.measure import layer_ranks
 from utilized_rank.ranks.moments import input_moments
 from utilized_rank.ranks.projection import bases
 from utilized_rank.ranks.rank_search import Ranks
 from utilized_rank.ranks.subspaces import Subspace
 from utilized_rank.ranks.trials import Trials
 from utilized_rank.report.figures import style
-from utilized_rank.stages.measure import layer_ranks
 
 from .plain import Plain
 from .setting import Setting

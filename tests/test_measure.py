@@ -11,8 +11,9 @@ from utilized_rank.networks.evaluation import is_correct
 from utilized_rank.networks.precision import autocast
 from utilized_rank.ranks import moments
 from utilized_rank.ranks.layers import countable
+from utilized_rank.ranks.measure import UNCALLED, Measurement
 from utilized_rank.ranks.projection import bases, projected, replaced
-from utilized_rank.stages.measure import UNCALLED, Measurement, measure
+from utilized_rank.stages.measure import measure
 from utilized_rank.study.config import Measure, StudyError
 from utilized_rank.training.models import classifier
 

@@ -49,8 +49,8 @@ def open_study(name: str | None = None) -> tuple[Study, Store]:
     Tolerances that it leaves to its search split are in place as soon as the images are split.
 
     Raises:
-        StudyError: as :func:`utilized_rank.study.homes.study_home` and :func:`utilized_rank.study.homes.load_study`; or the
-            parameters are another study's.
+        StudyError: as :func:`utilized_rank.study.homes.study_home` and ``load_study`` there; or the parameters are
+            another study's.
     """
     root = project_root()
     home = study_home(root, name)
