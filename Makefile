@@ -1,12 +1,15 @@
 # Two commands: `make repro` runs the default study (`make repro STUDY=cifar10` another one), `make test` runs the tests.
 # Both set up .venv first.
-PYTHON ?= python3.11
+# The first Python from 3.11 up that can make an environment: `make PYTHON=/a/python` names another.
+ABLE := import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3 python; do \
+  $$p -c '$(ABLE)' 2>/dev/null && { echo $$p; break; }; done)
 BIN := .venv/bin
 # The stages of dvc.yaml call `utilized-rank` by its name.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export DVC_NO_ANALYTICS := 1
 
-.PHONY: repro test test-large bench lint lock clean
+.PHONY: repro test test-large bench lint lock dist clean
 repro: .venv/ready
 	$(if $(STUDY),$(BIN)/utilized-rank study $(STUDY))
 	$(BIN)/dvc repro $(patsubst %,reports/%/dvc.yaml,$(filter-out digits,$(STUDY)))
@@ -29,6 +32,7 @@ lint: .venv/ready
 	$(BIN)/mypy
 
 .venv/ready: requirements.lock pyproject.toml
+	@test -n "$(PYTHON)" || { echo "No Python from 3.11 up that has venv: install python3.11 and python3.11-venv (or newer)."; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet -r requirements.lock
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
@@ -39,5 +43,11 @@ lock:
 	uv pip compile --universal --python-version 3.11 --extra dev --constraint constraints.txt --no-annotate \
 	  --custom-compile-command "make lock" pyproject.toml --output-file requirements.lock
 
+# Build the wheel, and measure a network with it in an empty environment outside of the project (minutes: torch is installed).
+dist: .venv/ready
+	rm -rf dist
+	$(BIN)/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+	$(BIN)/python tests/installed.py dist/*.whl
+
 clean:
-	rm -rf .venv
+	rm -rf .venv dist
