@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import timm
 import torch
 from PIL import Image
 from torch import nn
@@ -16,8 +17,8 @@ from utilized_rank.datasets.data import Dataset
 from utilized_rank.datasets.images import Files, Split, array
 from utilized_rank.networks import cost
 from utilized_rank.networks.evaluation import is_correct, outputs
-from utilized_rank.stages import decompose, measure
-from utilized_rank.study.config import Data, Measure, Model, Recipe, Train
+from utilized_rank.stages import decompose, frontier, measure
+from utilized_rank.study.config import Data, Finetune, Frontier, Measure, Model, Policy, Recipe, Train
 from utilized_rank.study.store import write_network
 from utilized_rank.training import loop as training
 from utilized_rank.training import models
@@ -159,3 +160,34 @@ def test_images_that_stay_files_give_the_ranks_and_the_weights_that_they_give_as
     (weights, ranks), (same_weights, same_ranks) = results
     assert all(torch.equal(tensor, same_weights[name]) for name, tensor in weights.items())
     pd.testing.assert_frame_equal(ranks, same_ranks)
+
+
+FAMILIES = {
+    "reads weights that were replaced": ("edgenext_xx_small", {}, 64),
+    "reads weights that were replaced, too": ("xcit_nano_12_p8_224", {"img_size": 32, "depth": 2}, 32),
+    "makes tensors while it runs": (
+        "swin_tiny_patch4_window7_224",
+        {"img_size": 56, "embed_dim": 24, "depths": (2, 2), "num_heads": (2, 4)},
+        56,
+    ),
+}
+
+
+@pytest.mark.parametrize(("name", "how", "side"), FAMILIES.values(), ids=FAMILIES)
+def test_a_family_with_code_of_its_own_goes_through_measuring_and_compression(name, how, side):
+    torch.manual_seed(0)
+    network = timm.create_model(name, num_classes=4, **how).eval()
+    pixels = torch.randint(0, 256, (16, 3, side, side), generator=torch.Generator().manual_seed(0)).byte()
+    split = Split(pixels, torch.arange(16) % 4)
+    dataset = Dataset(dict.fromkeys(["train", "search", "test"], split), list("abcd"), [0.5] * 3, [0.3] * 3)
+    measured = measure.measure(network, dataset, Measure(calibration_images=16, epsilons=[50.0], criterion="energy"))
+    half = Policy(budget={"params": 0.7})
+    asked = Frontier(
+        methods=["compensated"], ranks=[half], losses="energy", images=16, finetune=Finetune(epochs=1, lr=1e-3)
+    )
+    compression = frontier.Compression(network, measured.layers, measured.moments, dataset, asked, 512)
+    choices = compression.choices(half)
+    small = compression.build("compensated", choices, compression.dimensions(half))
+    assert len(choices) > 5
+    assert cost.parameters(small.network) <= 0.7 * cost.parameters(network)
+    assert torch.isfinite(outputs(small.network, dataset.inputs("test"))).all()

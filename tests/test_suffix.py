@@ -1,3 +1,4 @@
+import copy
 from itertools import pairwise
 
 import pytest
@@ -221,6 +222,34 @@ class DirectRead(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x.flatten(1))
         return self.head((x @ self.tied.weight).relu() + self.tied(x) @ self.tied.weight)
+
+
+class MakesTensor(nn.Module):
+    """Makes a tensor while it runs, which the tracer keeps as a constant, as Swin's masks and biases."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(192, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head((self.stem(x.flatten(1)) + torch.arange(6.0)).relu() * torch.tensor([2.0]))
+
+
+def test_constants_of_the_graph_are_left_on_no_network_and_serve_a_copy_too(images):
+    torch.manual_seed(0)
+    network = MakesTensor().eval()
+    before = set(vars(network))
+    traced = Traced(network)
+    assert traced.constants
+    other = copy.deepcopy(network)
+    with torch.no_grad():
+        other.stem.weight.mul_(2)
+    for its in (network, other):
+        suffix = Suffix(traced.through(its), images, torch.arange(len(images)).split(64), 2**30)
+        for layer in countable(its).layers:
+            suffix.move_to(layer.name)
+            assert_logits_are_the_networks(its, suffix, layer)
+        assert set(vars(its)) == before
 
 
 def test_a_weight_that_is_read_directly_is_seen_replaced(images):

@@ -10,7 +10,6 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
-from operator import attrgetter
 from typing import cast
 
 import torch
@@ -107,7 +106,7 @@ def residual(traced: Traced, node: fx.Node) -> Sum | None:
         if added and not user.kwargs:
             others = [a for a in user.args if isinstance(a, fx.Node) and a not in behind]
             return Sum(scale, others[0]) if len(others) == 1 else None
-        factor = _factor(traced.network, user, node)
+        factor = _factor(traced, user, node)
         if factor is None:
             return None
         scale, node = scale * factor, user
@@ -124,17 +123,17 @@ def _behind(node: fx.Node) -> set[fx.Node]:
     return found
 
 
-def _factor(network: nn.Module, user: fx.Node, node: fx.Node) -> Tensor | None:
+def _factor(traced: Traced, user: fx.Node, node: fx.Node) -> Tensor | None:
     """What ``user`` multiplies each channel of ``node`` with, in evaluation mode; None where it does anything else."""
     if user.op == "call_module":
-        module = network.get_submodule(str(user.target))
+        module = traced.network.get_submodule(str(user.target))
         if isinstance(module, nn.BatchNorm2d) and module.running_var is not None:
             scale = (module.running_var + module.eps).rsqrt()
             return scale * module.weight.detach() if module.affine else scale
         return torch.ones(1) if isinstance(module, nn.Identity | nn.Dropout) else None
     if user.op == "call_function" and user.target in (operator.mul, torch.mul):  # timm's LayerScale
         gains = [a for a in user.args if isinstance(a, fx.Node) and a is not node and a.op == "get_attr"]
-        gain = attrgetter(str(gains[0].target))(network) if gains else None
+        gain = traced.attribute(gains[0]) if gains else None
         return gain.detach() if isinstance(gain, Tensor) and gain.ndim == 1 else None
     return None
 

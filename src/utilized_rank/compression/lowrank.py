@@ -243,18 +243,59 @@ def right_singular(matrix: Tensor) -> Tensor:
     return torch.linalg.svd(matrix, full_matrices=False).Vh.mT
 
 
-def pair(module: Weighted, form: str, rank: int, bias: bool) -> nn.Sequential:
+ASKED = (
+    *("in_features", "out_features", "in_channels", "out_channels", "kernel_size", "stride"),
+    *("padding", "dilation", "groups", "padding_mode"),
+)
+"""What the code of a network may ask of its layers, beside their weights."""
+
+
+class Pair(nn.Sequential):
+    """Two layers in place of one: whoever asks for its weight, its bias or its sizes gets what the one would answer.
+
+    Args:
+        first: m to r.
+        second: r to n.
+        module: the one that they stand for; it is not kept.
+    """
+
+    __jit_unused_properties__ = ("weight", "bias")
+
+    def __init__(self, first: nn.Module, second: nn.Module, module: Weighted) -> None:
+        super().__init__(first, second)
+        for name in ASKED:
+            if hasattr(module, name):
+                setattr(self, name, getattr(module, name))
+
+    @property
+    def weight(self) -> Tensor:
+        """The product of both weights, in the shape of the one layer's."""
+        first, second = cast(Tensor, self[0].weight), cast(Tensor, self[1].weight)
+        if first.ndim == 2:
+            return second @ first
+        groups = cast(int, self.groups)
+        first, second = (weight.unflatten(0, (groups, -1)) for weight in (first, second))  # (g, r, C, k_h, 1 or k_w)
+        product = torch.einsum("gnrxy,grcij->gncixjy", second, first)  # one of i and x, and of j and y, is 1 long
+        return product.flatten(5).flatten(3, 4).flatten(0, 1)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The second layer's."""
+        return cast(Tensor | None, self[1].bias)
+
+
+def pair(module: Weighted, form: str, rank: int, bias: bool) -> Pair:
     """Two layers in place of ``module``, in a form of :data:`FORMS`, with random weights."""
     like: dict[str, Any] = {"device": module.weight.device, "dtype": module.weight.dtype}
     if isinstance(module, nn.Linear):
         first: nn.Module = nn.Linear(module.in_features, rank, bias=False, **like)
-        return nn.Sequential(first, nn.Linear(rank, module.out_features, bias, **like))
+        return Pair(first, nn.Linear(rank, module.out_features, bias, **like), module)
     groups, inner = module.groups, module.groups * rank
     how = {name: getattr(module, name) for name in ("kernel_size", "stride", "padding", "dilation")}
     first_how, second_how = (how, {"kernel_size": 1}) if form == "channel" else (_one_way(how, 0), _one_way(how, 1))
     like |= {"groups": groups, "padding_mode": module.padding_mode}
     first = nn.Conv2d(module.in_channels, inner, bias=False, **first_how, **like)
-    return nn.Sequential(first, nn.Conv2d(inner, module.out_channels, bias=bias, **second_how, **like))
+    return Pair(first, nn.Conv2d(inner, module.out_channels, bias=bias, **second_how, **like), module)
 
 
 def _one_way(how: dict[str, Any], way: int) -> dict[str, Any]:
@@ -267,7 +308,7 @@ def _one_way(how: dict[str, Any], way: int) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def factorized(layer: Layer, factors: Factors) -> nn.Sequential:
+def factorized(layer: Layer, factors: Factors) -> Pair:
     """The two layers that compute what ``factors`` say."""
     module = layer.module
     bias = bias_of(layer, factors.bias)
@@ -304,7 +345,7 @@ def substitute(network: nn.Module, modules: dict[str, nn.Module]) -> None:
             setattr(network.get_submodule(parent), child, new[old])
 
 
-def form_of(two: nn.Sequential, factors: Factors) -> list[Any]:
+def form_of(two: Pair, factors: Factors) -> list[Any]:
     """What :func:`restructure` needs to make the two layers again: form, rank, and whether they have a bias."""
     return [factors.form, factors.rank, int(two[1].bias is not None)]
 

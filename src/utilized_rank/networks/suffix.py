@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from operator import attrgetter
 from typing import Any, cast
 
 import torch
@@ -29,16 +30,24 @@ class Traced:
     def __init__(self, network: nn.Module) -> None:
         self.network = network
         self.graph: fx.Graph | None
+        own = set(vars(network))
         try:
             self.graph = fx.Tracer().trace(network)
         except Exception:  # tracing runs the network's own code, which may raise anything on proxies
             self.graph = None
+        # Tensors that the network's code makes are left on it by the tracer: they belong to the graph.
+        self.constants = {name: vars(network).pop(name) for name in set(vars(network)) - own}
 
     def through(self, network: nn.Module) -> Traced:
         """The same graph through the modules of ``network``, which has some of its own under the same names."""
         other = copy.copy(self)
         other.network = network
         return other
+
+    def attribute(self, node: fx.Node) -> Any:
+        """What a node reads from the network, or from the graph's own constants."""
+        name = str(node.target)
+        return self.constants[name] if name in self.constants else attrgetter(name)(self.network)
 
     @property
     def traced(self) -> bool:
@@ -97,7 +106,12 @@ class Traced:
             if node in needed:
                 copies[node] = graph.node_copy(node, lambda n: copies[n])
         graph.output(tuple(copies[t] for t in targets))
-        return fx.GraphModule(self.network, graph)
+        vars(self.network).update(self.constants)  # where the module looks for them, and takes them from
+        try:
+            return fx.GraphModule(self.network, graph)
+        finally:
+            for name in self.constants:
+                del vars(self.network)[name]
 
 
 class Suffix:
