@@ -30,7 +30,6 @@ from utilized_rank.networks import cost
 from utilized_rank.ranks.layers import Layer, countable
 from utilized_rank.ranks.moments import input_moments
 from utilized_rank.ranks.projection import bases, replaced
-from utilized_rank.study.config import StudyError
 
 NETWORKS = ["residual", "vit", "vgg11", "shared"]
 FORMS = ["channel", "spatial"]
@@ -199,7 +198,7 @@ def test_a_budget_below_the_smallest_network_is_refused_with_both_shares(make, i
     amount = budgets.least - 1
     said = f"a budget of {amount / costs.network:.1%} cannot be kept: "
     said += f"the smallest network costs {budgets.least / costs.network:.1%}"
-    with pytest.raises(StudyError, match=said):
+    with pytest.raises(ValueError, match=said):
         budgets.within(amount)
 
 
