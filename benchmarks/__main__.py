@@ -13,10 +13,10 @@ from typing import Any
 import matplotlib.pyplot as plt
 import pandas as pd
 
+from utilized_rank.base.files import read_json, read_table, write_json, write_table, write_text
 from utilized_rank.report.figures import style
 from utilized_rank.report.pages import css, table_html
 from utilized_rank.study.provenance import processor, tree_hash
-from utilized_rank.study.store import read_json, read_table, write_json, write_table, write_text
 
 from .search import ranks_side_by_side
 from .setting import CALIBRATION, CHECKPOINT, EPOCHS, ROOT, SEED, THREADS, setting

@@ -19,7 +19,7 @@ from utilized_rank.ranks.projection import bases
 from utilized_rank.ranks.subspaces import energy_rank
 from utilized_rank.ranks.trials import Trials
 from utilized_rank.report.figures import style
-from utilized_rank.study.config import Measure
+from utilized_rank.study.sections import Measure
 
 from .setting import CALIBRATION, NETWORKS, Setting
 

@@ -13,8 +13,8 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
+from utilized_rank.base.files import read_json
 from utilized_rank.report.figures import style
-from utilized_rank.study.store import read_json
 
 from .setting import ROOT, Setting
 

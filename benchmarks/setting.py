@@ -11,13 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from utilized_rank.base.files import read_tensors, write_network
 from utilized_rank.datasets import prepare
 from utilized_rank.datasets.data import Dataset
 from utilized_rank.datasets.images import Split
-from utilized_rank.study import config
-from utilized_rank.study.store import read_tensors, write_network
+from utilized_rank.datasets.sections import Augmentation, Data
 from utilized_rank.training import loop as training
 from utilized_rank.training import models
+from utilized_rank.training.sections import Model, Recipe
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
@@ -28,9 +29,9 @@ MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 SEED, THREADS, CALIBRATION = 0, 2, 2000
 
 NETWORKS = {
-    "ResNet-20": config.Model(architecture="resnet20"),
-    "VGG11": config.Model(architecture="vgg11"),
-    "ViT": config.Model(architecture="vit", dim=96, depth=6, heads=3, patch_size=8),
+    "ResNet-20": Model(architecture="resnet20"),
+    "VGG11": Model(architecture="vgg11"),
+    "ViT": Model(architecture="vit", dim=96, depth=6, heads=3, patch_size=8),
 }
 EPOCHS = {"cifar10": {"VGG11": 2, "ViT": 6}, "digits": {"ResNet-20": 6, "VGG11": 3, "ViT": 40}}
 """Trained here, briefly: what is measured is time, but at ranks like those of a real network."""
@@ -54,7 +55,7 @@ class Setting:
         path = ROOT / "data" / "benchmarks" / f"{self.name}-{model.architecture}-{epochs}.safetensors"
         if not path.is_file():
             network = models.build(model, shape, classes)
-            recipe = config.Recipe(epochs=epochs, lr=2e-3, augmentation=config.Augmentation(shift=0.1))
+            recipe = Recipe(epochs=epochs, lr=2e-3, augmentation=Augmentation(shift=0.1))
             generator = torch.Generator().manual_seed(SEED)
             training.train_supervised(network, self.dataset, recipe, generator, "auto", name)
             write_network(path, network)
@@ -83,7 +84,7 @@ def setting() -> Setting:
     torch.manual_seed(SEED)
     if CHECKPOINT.is_file() and (CIFAR10 / "test.webp").is_file():
         return Setting("cifar10", _cifar10())
-    digits = config.Data(source="sklearn", dataset="digits", image_size=32, search=0.3, test=0.1)
+    digits = Data(source="sklearn", dataset="digits", image_size=32, search=0.3, test=0.1)
     return Setting("digits", prepare.build(digits, SEED, ROOT)[0])
 
 

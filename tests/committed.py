@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from utilized_rank.study.config import Study
-from utilized_rank.study.homes import composed
+from utilized_rank.study.homes import compose
 
 ROOT = Path(__file__).parents[1]
 COMMITTED = sorted(path.parent.name for path in ROOT.glob("reports/*/summary.json"))
@@ -13,7 +13,7 @@ LOCKED = [name for name in COMMITTED if name == "digits" or (ROOT / "reports" / 
 
 def study_of(name: str) -> Study:
     """A study as it was when its report was made."""
-    study = composed(name, ROOT)
+    study = compose(name, ROOT)[0]
     if name in LOCKED:
         return study
     return study.model_copy(update={"data": study.data.model_copy(update={"search_from": "train"})})

@@ -14,10 +14,13 @@ from hypothesis import settings
 from PIL import Image
 from torch import Tensor, nn
 
+from utilized_rank.base.files import write_json, write_table
+from utilized_rank.base.store import Store
 from utilized_rank.datasets.data import Dataset, Split
-from utilized_rank.study import config
-from utilized_rank.study.store import Store, write_json, write_table
+from utilized_rank.study.config import Study, parse_study
+from utilized_rank.study.sections import Frontier
 from utilized_rank.training import models
+from utilized_rank.training.sections import Model
 
 # The same examples each time, however slow the machine.
 settings.register_profile("seeded", deadline=None, derandomize=True)
@@ -120,7 +123,7 @@ class Shared(nn.Module):
 
 
 def _model(**model: object) -> Callable[[], nn.Module]:
-    return lambda: models.build(config.Model(**model), SHAPE, CLASSES)
+    return lambda: models.build(Model(**model), SHAPE, CLASSES)
 
 
 class PooledVGG(nn.Module):
@@ -128,7 +131,7 @@ class PooledVGG(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.vgg = models.build(config.Model(architecture="vgg11", width=0.1), (3, 32, 32), CLASSES)
+        self.vgg = models.build(Model(architecture="vgg11", width=0.1), (3, 32, 32), CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.vgg(F.interpolate(x, scale_factor=4.0))
@@ -270,7 +273,7 @@ def dataset() -> Dataset:
 
 
 @pytest.fixture
-def studied(tmp_path, parameters) -> tuple[config.Study, Store]:
+def studied(tmp_path, parameters) -> tuple[Study, Store]:
     """A study of five networks, two of them repeats, and its result files: every number in them drawn at random."""
     runs, toy_vit = parameters["runs"], parameters["runs"]["vit_linear"]
     runs |= {
@@ -288,7 +291,7 @@ def studied(tmp_path, parameters) -> tuple[config.Study, Store]:
             "finetune": {"epochs": 1, "lr": 0.01, "seeds": 3},
         }
     }
-    study = config.parse_study(parameters)
+    study = parse_study(parameters)
     store, draw = Store(study.name, tmp_path), np.random.default_rng(0)
     for key in study.runs:
         trained, measured, layers, decomposed, tuned = _results(study, draw)
@@ -302,7 +305,7 @@ def studied(tmp_path, parameters) -> tuple[config.Study, Store]:
     return study, store
 
 
-def _results(study: config.Study, draw: np.random.Generator) -> tuple:
+def _results(study: Study, draw: np.random.Generator) -> tuple:
     """What train, measure, decompose and finetune write for one run."""
     epsilons, methods = study.measure.epsilons, study.decompose.methods
     trained = {
@@ -353,7 +356,7 @@ def _assessment(draw: np.random.Generator) -> dict:
     return {"accuracy": draw.uniform(50, 100), "images": 450, **interval, **costs}
 
 
-def _frontier(asked: config.Frontier, draw: np.random.Generator) -> pd.DataFrame:
+def _frontier(asked: Frontier, draw: np.random.Generator) -> pd.DataFrame:
     """What the frontier writes for one run."""
     made = [("original", "dense", "all", None)]
     made += [("decomposed", method, policy.name, None) for policy in asked.ranks for method in asked.methods]

@@ -14,7 +14,7 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 # The rooms: each uses those before it. The library comes first, so that it knows nothing of a study.
 LIBRARY = ["networks", "ranks", "compression"]
-ROOMS = [*LIBRARY, "study", "datasets", "training", "stages", "report", "cli"]
+ROOMS = [*LIBRARY, "base", "datasets", "training", "study", "stages", "report", "cli"]
 MODULES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path
     for path in PACKAGE.rglob("*.py")

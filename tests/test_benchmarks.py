@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks import plain
 from benchmarks.__main__ import NAMES, REPORT, draw, main
-from utilized_rank.study.store import read_table
+from utilized_rank.base.files import read_table
 
 MEASURED = [name for name in NAMES if (REPORT / f"{name}.csv").is_file()]
 

@@ -1,6 +1,7 @@
 import pytest
 
-from utilized_rank.study.config import StudyError, parse_study
+from utilized_rank.base.sections import StudyError
+from utilized_rank.study.config import parse_study
 
 REMOVED = object()
 

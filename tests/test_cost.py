@@ -6,8 +6,8 @@ from torch import nn
 
 from utilized_rank.compression.lowrank import pair, substitute
 from utilized_rank.networks import cost
-from utilized_rank.study.config import Model
 from utilized_rank.training import models
+from utilized_rank.training.sections import Model
 
 
 def conv(c_in: int, c_out: int, kernel: int, side: int) -> int:

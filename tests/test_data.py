@@ -8,11 +8,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from utilized_rank.base.sections import StudyError
+from utilized_rank.base.store import Store
 from utilized_rank.datasets import data, prepare
 from utilized_rank.datasets.data import SPLITS, Dataset
 from utilized_rank.datasets.images import Files, Split, array
-from utilized_rank.study.config import Augmentation, Data, Measure, Model, StudyError, parse_study
-from utilized_rank.study.store import Store
+from utilized_rank.datasets.sections import Augmentation, Data
+from utilized_rank.study.config import parse_study
+from utilized_rank.study.opened import dataset_of
+from utilized_rank.study.sections import Measure
+from utilized_rank.study.tolerances import check_resolution, tolerances
 
 LARGE = Data(source="folder", dataset="data/raw/fruit", image_size=72, search=0.25, test=0.25, workers=0)
 
@@ -45,15 +50,15 @@ def test_normalisation_is_per_channel(dataset):
 
 
 def test_a_model_sees_images_as_it_was_trained_with_where_it_says_so(large):
-    assert large.seen_by(Model(architecture="resnet20")) is large
+    assert large.normalised_by(None, None) is large
     mean, std = (0.1, 0.2, 0.3), (0.5, 0.25, 2.0)
-    seen = large.seen_by(Model(architecture="resnet20", mean=mean, std=std))
+    seen = large.normalised_by(mean, std)
     column = [torch.tensor(values).view(3, 1, 1) for values in (mean, std)]
     by_hand = (large.splits["test"].images[:].float() / 255 - column[0]) / column[1]
     torch.testing.assert_close(seen.inputs("test")[:], by_hand)
     assert large.mean != list(mean)  # the data set itself is unchanged
     with pytest.raises(StudyError, match="mean and std of a model need one value for each of 3 channels"):
-        large.seen_by(Model(architecture="resnet20", mean=(0.5,), std=(0.5,)))
+        large.normalised_by((0.5,), (0.5,))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -136,7 +141,7 @@ def test_an_experiment_in_a_folder_of_its_own_finds_the_images_of_the_project_an
     data.save(prepare.build(LARGE, 0, tmp_path)[0], here)
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
     there = Store("mine", tmp_path / ".dvc" / "tmp" / "exps" / "a")
-    data.save(prepare.build(LARGE, 0, there.root)[0], there)
+    data.save(prepare.build(LARGE, 0, there.main)[0], there)
     assert data.path(there).read_bytes() == data.path(here).read_bytes()
     assert torch.equal(data.load(there).inputs("test")[:], data.load(here).inputs("test")[:])
 
@@ -167,7 +172,7 @@ def test_only_a_run_whose_weights_are_given_has_other_splits(halved, tmp_path, p
     parameters["runs"]["given"] = {**parameters["runs"]["vit_linear"], "label": "given", "pretrained": "given"}
     study, store = parse_study(parameters), Store("toy", tmp_path)
     data.save(halved, store)
-    counts = {run: len(data.of_run(study, store, run).splits["search"]) for run in study.runs}
+    counts = {run: len(dataset_of(study, store, run).splits["search"]) for run in study.runs}
     assert counts == {"vgg11": 40, "vit_linear": 40, "given": 20 if search_from == "test" else 40}
 
 
@@ -186,20 +191,20 @@ def test_tolerances_that_nobody_named_give_way_to_what_the_search_split_resolves
     split = Split(torch.zeros(images, 1, 8, 8, dtype=torch.uint8), torch.zeros(images, dtype=torch.int64))
     dataset = data.Dataset({"search": split}, ["a"], [0.0], [1.0])
     measure = Measure(calibration_images=1, epsilons=named)
-    assert data.tolerances(dataset, measure) == found
+    assert tolerances(dataset, measure) == found
     said = capsys.readouterr().err
     assert (f"one of the {images} search images is worth" in said) == (not named and found != [1.0, 2.0])
     assert measure.resolved(images).by_default == (not named)
-    data.check_resolution(images, found)
+    check_resolution(images, found)
 
 
 def test_a_tolerance_that_was_named_is_refused_where_it_is_too_fine(dataset):
     with pytest.raises(StudyError, match=r"measure\.epsilons has 1 points, but one of the 40 search images"):
-        data.tolerances(dataset, Measure(calibration_images=1, epsilons=[1.0, 5.0]))
+        tolerances(dataset, Measure(calibration_images=1, epsilons=[1.0, 5.0]))
 
 
 def test_the_smallest_search_split_of_any_run_says_what_is_resolved(halved):
-    assert data.tolerances(halved, Measure(calibration_images=1)) == [5.0]
+    assert tolerances(halved, Measure(calibration_images=1)) == [5.0]
 
 
 def test_a_file_that_was_damaged_after_preparing_is_named_when_it_is_needed(large):
@@ -214,13 +219,13 @@ def test_a_file_that_was_damaged_after_preparing_is_named_when_it_is_needed(larg
 
 @pytest.mark.parametrize("epsilons", [[0.0], [0.5], [0.0, 1.0, 5.0]])
 def test_an_epsilon_of_zero_or_of_an_image_or_more_is_fine(epsilons):
-    data.check_resolution(200, epsilons)
+    check_resolution(200, epsilons)
 
 
 @pytest.mark.parametrize("epsilons", [[0.4], [1.0, 0.49999]])
 def test_an_epsilon_finer_than_one_image_is_refused(epsilons):
     with pytest.raises(StudyError, match=r"one of the 200 search images is worth 0\.5 points"):
-        data.check_resolution(200, epsilons)
+        check_resolution(200, epsilons)
 
 
 def ramps(count: int, side: int) -> torch.Tensor:

@@ -11,10 +11,11 @@ from PIL import Image
 from ruamel.yaml import YAML
 from test_pipeline import ROOT, command, copied, started
 
+from utilized_rank.base.files import read_json, read_table
+from utilized_rank.base.store import Store
 from utilized_rank.datasets import data
 from utilized_rank.datasets.sources import DEBIAN
 from utilized_rank.study.homes import load_study
-from utilized_rank.study.store import Store, read_json, read_table
 
 README = (ROOT / "README.md").read_text().split("### Your own images")[1].split("\n## ")[0]
 COLOURS = {"blue": (30, 60, 200), "green": (40, 180, 60), "red": (210, 50, 40)}

@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import nn
 
+from utilized_rank.base.sections import StudyError
 from utilized_rank.compression import policies
 from utilized_rank.compression.policies import STEPS
+from utilized_rank.datasets.sections import Augmentation
 from utilized_rank.networks import cost
 from utilized_rank.networks.evaluation import is_correct, outputs
 from utilized_rank.ranks.layers import countable
@@ -15,9 +17,11 @@ from utilized_rank.ranks.moments import input_moments
 from utilized_rank.report.figures import frontier as figures
 from utilized_rank.stages import decompose
 from utilized_rank.stages.frontier import Compression, boundaries_table, choices_table, in_call_order, untrained
-from utilized_rank.study.config import Augmentation, Finetune, Frontier, Model, Policy, StudyError, parse_study
+from utilized_rank.study.config import parse_study
+from utilized_rank.study.sections import Frontier, Policy
 from utilized_rank.training import loop as training
 from utilized_rank.training import models
+from utilized_rank.training.sections import Finetune, Model
 
 METHODS = ["projection", "optimal", "svd", "compensated"]
 MODELS = {
@@ -235,7 +239,7 @@ RECIPE = Finetune(epochs=2, lr=1e-3, batch_size=32)
 
 def tuned(network: nn.Module, dataset, parameters: dict, **how: object) -> list[training.Tuned]:
     recipe = RECIPE.model_copy(update=how)
-    return training.finetune(network, network, dataset, recipe, study(parameters), "frontier toy", "toy")
+    return training.finetune(network, network, dataset, recipe, 0, "frontier toy", "float32", "toy")
 
 
 def test_of_several_learning_rates_the_best_on_the_search_split_is_taken(trained, dataset, parameters):
@@ -299,7 +303,7 @@ def test_distilled_networks_follow_the_original_and_not_the_labels(dataset, para
     for weight in (0.0, 1.0):
         network = nn.Sequential(nn.Flatten(), nn.Linear(64, 2))
         recipe = RECIPE.model_copy(update={"epochs": 10, "lr": 1e-2, "distillation": weight})
-        (one,) = training.finetune(network, original, dataset, recipe, study(parameters), "frontier toy", "toy")
+        (one,) = training.finetune(network, original, dataset, recipe, 0, "frontier toy", "float32", "toy")
         accuracy[weight] = one.curve.search_accuracy.iloc[-1]
     assert accuracy[0.0] > 90
     assert accuracy[1.0] < 10

@@ -7,8 +7,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from utilized_rank.base.sections import StudyError
 from utilized_rank.datasets.images import Files, Split, array, decoded, part, stream
-from utilized_rank.study.config import StudyError
 
 COLOURS = np.array([[(200, 30, 40), (30, 180, 60)], [(40, 60, 200), (250, 220, 40)]], dtype=np.uint8)
 GREYS = np.asarray(Image.fromarray(COLOURS).convert("L"))[..., None].repeat(3, 2)

@@ -12,16 +12,18 @@ import torch
 from PIL import Image
 from torch import nn
 
+from utilized_rank.base.files import write_network
 from utilized_rank.datasets import prepare
 from utilized_rank.datasets.data import Dataset
 from utilized_rank.datasets.images import Files, Split, array
+from utilized_rank.datasets.sections import Data
 from utilized_rank.networks import cost
 from utilized_rank.networks.evaluation import is_correct, outputs
 from utilized_rank.stages import decompose, frontier, measure
-from utilized_rank.study.config import Data, Finetune, Frontier, Measure, Model, Policy, Recipe, Train
-from utilized_rank.study.store import write_network
+from utilized_rank.study.sections import Frontier, Measure, Policy
 from utilized_rank.training import loop as training
 from utilized_rank.training import models
+from utilized_rank.training.sections import Finetune, Model, Recipe, Train
 
 COLOURS = {"blue": (30, 60, 200), "green": (40, 180, 60), "red": (210, 50, 40)}
 EACH = 20

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from utilized_rank.base.sections import StudyError
 from utilized_rank.datasets.data import Dataset, Split
 from utilized_rank.networks.evaluation import is_correct
 from utilized_rank.networks.precision import autocast
@@ -14,7 +15,7 @@ from utilized_rank.ranks.layers import countable
 from utilized_rank.ranks.measure import UNCALLED, Measurement
 from utilized_rank.ranks.projection import bases, projected, replaced
 from utilized_rank.stages.measure import measure
-from utilized_rank.study.config import Measure, StudyError
+from utilized_rank.study.sections import Measure
 from utilized_rank.training.models import classifier
 
 MEASURE = Measure(

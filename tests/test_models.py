@@ -10,11 +10,11 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
+from utilized_rank.base.files import file_hash, read_tensors, write_network, write_tensors
+from utilized_rank.base.sections import StudyError
 from utilized_rank.ranks.layers import countable
-from utilized_rank.study.config import Model, StudyError
-from utilized_rank.study.provenance import file_hash
-from utilized_rank.study.store import read_tensors, write_network, write_tensors
 from utilized_rank.training import models
+from utilized_rank.training.sections import Model
 
 VIT = Model(architecture="vit", dim=24, depth=2, heads=3, patch_size=4)
 SMALL = {
@@ -419,13 +419,15 @@ def by_timm(home: Path, *asked: tuple[models.Shape, int]) -> list[dict[str, Tens
     """The tensors, or why there are none, in a process of its own, which reads where the cache is."""
     code = f"""
 from pathlib import Path
-from utilized_rank.study import config, store
+from utilized_rank.base import files
+from utilized_rank.base.sections import StudyError
+from utilized_rank.training.sections import Model
 from utilized_rank.training import models
 for i, asked in enumerate({asked}):
     try:
-        tensors = models.published(config.Model(architecture="timm/test_vit"), None, *asked)
-        store.write_tensors(Path({str(home)!r}) / f"{{i}}.safetensors", tensors)
-    except config.StudyError as error:
+        tensors = models.published(Model(architecture="timm/test_vit"), None, *asked)
+        files.write_tensors(Path({str(home)!r}) / f"{{i}}.safetensors", tensors)
+    except StudyError as error:
         print(error)
 """
     told = subprocess.run([sys.executable, "-c", code], text=True, stdout=subprocess.PIPE, check=True).stdout

@@ -8,11 +8,12 @@ import pandas as pd
 import pytest
 from matplotlib import pyplot as plt
 
+from utilized_rank.base.files import read_table, write_json, write_table
+from utilized_rank.base.store import Store
 from utilized_rank.report import overview, tables
 from utilized_rank.report.figures import study as figures
 from utilized_rank.report.figures import style
 from utilized_rank.report.overview import NOT_UPHELD, UNTESTABLE, UPHELD, Study
-from utilized_rank.study.store import Store, read_table, write_json, write_table
 
 ROOT = Path(__file__).parents[1]
 FRACTION, IMAGENET, HALF, LINEAR, TUNED, RISES = (

@@ -14,10 +14,10 @@ import pytest
 from dvc.utils.serialize import dump_yaml
 from ruamel.yaml import YAML
 
+from utilized_rank.base.files import read_json, read_table
 from utilized_rank.report import overview
 from utilized_rank.report.figures import style
 from utilized_rank.study.config import parse_study
-from utilized_rank.study.store import read_json, read_table
 
 ROOT = Path(__file__).parents[1]
 VGG = {"architecture": "vgg11", "width": 0.0625}

@@ -13,17 +13,19 @@ from torch import nn
 from typer.testing import CliRunner
 
 from utilized_rank import cli
+from utilized_rank.base.files import read_json
+from utilized_rank.base.store import Store
 from utilized_rank.networks import cost
 from utilized_rank.networks.attention import explicit
 from utilized_rank.ranks.layers import countable
 from utilized_rank.stages.plan import BACKWARD, PASSES, network_shape, plan, text
-from utilized_rank.study.config import Model, Study, parse_study
-from utilized_rank.study.homes import composed
-from utilized_rank.study.store import Store, read_json
+from utilized_rank.study.config import Study, parse_study
+from utilized_rank.study.homes import compose
 from utilized_rank.training.models import ResNet20, build
+from utilized_rank.training.sections import Model
 
 ROOT = Path(__file__).parents[1]
-DIGITS = composed("digits", ROOT)
+DIGITS = compose("digits", ROOT)[0]
 LOCKED = YAML(typ="safe").load((ROOT / "dvc.lock").read_text())["stages"]
 
 
@@ -227,7 +229,7 @@ def test_the_shape_of_a_network_is_that_of_the_network(model, qkv):
 
 
 def test_a_run_that_searches_half_of_the_test_images_reports_the_other_half():
-    study = composed("cifar10", ROOT)
+    study = compose("cifar10", ROOT)[0]
     halved = plan(study, ROOT).set_index(["stage", "run"]).images
     data = study.data.model_copy(update={"search_from": "train"})
     whole = plan(study.model_copy(update={"data": data}), ROOT).set_index(["stage", "run"]).images
@@ -237,7 +239,7 @@ def test_a_run_that_searches_half_of_the_test_images_reports_the_other_half():
 
 
 def test_a_plan_needs_no_image_and_leaves_no_file(tmp_path):
-    table = plan(composed("cifar10", ROOT), tmp_path)
+    table = plan(compose("cifar10", ROOT)[0], tmp_path)
     assert not list(tmp_path.iterdir())
     assert table[table.stage == "prepare"].images.item() == 60_000
     assert (table.select_dtypes("number") >= 0).all(axis=None)
@@ -265,7 +267,7 @@ def test_the_command_prints_the_plan_of_the_study_that_is_set_or_named(monkeypat
     assert first.startswith(title)
     for column in ("stage", "run", "images read", "forward passes", "peak memory, MiB", "disk, MiB"):
         assert column in head
-    study = composed(words[1] if len(words) > 1 else "digits", ROOT)
+    study = compose(words[1] if len(words) > 1 else "digits", ROOT)[0]
     assert len(rows) == 2 + len(study.pretrained) + 4 * len(study.runs) + len(study.frontier)
     assert len({len(row) for row in [head, *rows]}) == 1
 

@@ -8,12 +8,13 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from utilized_rank.base.sections import StudyError
 from utilized_rank.datasets import prepare
 from utilized_rank.datasets.data import SPLITS
 from utilized_rank.datasets.images import Files, Split, array
 from utilized_rank.datasets.prepare import build, split_counts, split_indices
+from utilized_rank.datasets.sections import Data
 from utilized_rank.datasets.sources import Source, read
-from utilized_rank.study.config import Data, StudyError
 
 DIGITS = Data(source="sklearn", dataset="digits", image_size=16, search=0.2, test=0.25)
 FRUIT = Data(source="folder", dataset="data/raw/fruit", image_size=16, search=0.25)

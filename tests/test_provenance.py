@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from utilized_rank.base.files import file_hash
 from utilized_rank.study.config import parse_study
-from utilized_rank.study.provenance import file_hash, parameter_hash, processor, provenance, tree_hash
+from utilized_rank.study.provenance import parameter_hash, processor, provenance, tree_hash
 
 
 @pytest.fixture

@@ -9,12 +9,13 @@ from committed import COMMITTED, LOCKED, ROOT, study_of
 from matplotlib import pyplot as plt
 from matplotlib.collections import PathCollection
 
+from utilized_rank.base.files import read_json, read_table, write_table, write_text
+from utilized_rank.base.store import Store
 from utilized_rank.report import pages as report
 from utilized_rank.report import tables
 from utilized_rank.report.figures import study as figures
 from utilized_rank.report.figures import style
 from utilized_rank.stages.notebooks import STAGES, executed_name, keys_of
-from utilized_rank.study.store import Store, read_json, read_table, write_table, write_text
 
 RECORD = {"code": "a hash", "processor": "a <processor>", "system": "s", "python": "3", "packages": {"torch": "2"}}
 

@@ -11,13 +11,14 @@ from timm.models.xcit import Xcit
 from torch import Tensor, nn
 from torchvision.models.vision_transformer import VisionTransformer as TorchvisionViT
 
+from utilized_rank.base.files import file_hash, write_tensors
+from utilized_rank.base.sections import StudyError
 from utilized_rank.datasets.data import Dataset, Split
+from utilized_rank.datasets.sections import Augmentation
 from utilized_rank.networks.evaluation import features, outputs
-from utilized_rank.study.config import Augmentation, Model, Pretrained, StudyError
-from utilized_rank.study.provenance import file_hash
-from utilized_rank.study.store import write_tensors
 from utilized_rank.training import selfsupervised
 from utilized_rank.training.models import build, classifier
+from utilized_rank.training.sections import Model, Pretrained
 
 MODEL = Model(architecture="resnet20", width=0.25)
 SIMCLR = Pretrained(

@@ -13,10 +13,11 @@ import torch
 import torchvision
 from PIL import Image
 
+from utilized_rank.base.sections import StudyError
 from utilized_rank.datasets import sources
 from utilized_rank.datasets.images import Files, Split, array, decoded
+from utilized_rank.datasets.sections import Data
 from utilized_rank.datasets.sources import RAW, SMALL, read
-from utilized_rank.study.config import Data, StudyError
 
 DIGITS = Data(source="sklearn", dataset="digits", image_size=16, test=0.2)
 FRUIT = Data(source="folder", dataset="data/raw/fruit", image_size=24)

@@ -6,16 +6,18 @@ import pytest
 import torch
 from torch import nn
 
-from utilized_rank.study import store
-from utilized_rank.study.config import StudyError
+from utilized_rank.base import files
+from utilized_rank.base.sections import StudyError
+from utilized_rank.base.store import Store
+from utilized_rank.study.opened import open_study
 
 TENSORS = {"b": torch.arange(6.0).view(2, 3), "a": torch.tensor([1, 2], dtype=torch.int64)}
 TABLE = pd.DataFrame({"layer": ["conv1", "block.fc"], "k": [1, 2], "accuracy": [1 / 3, 100.0]})
 WRITERS = {
-    "text": (store.write_text, "one\ntwo"),
-    "json": (store.write_json, {"b": [1, 2.5], "a": None}),
-    "table": (store.write_table, TABLE),
-    "tensors": (store.write_tensors, TENSORS),
+    "text": (files.write_text, "one\ntwo"),
+    "json": (files.write_json, {"b": [1, 2.5], "a": None}),
+    "table": (files.write_table, TABLE),
+    "tensors": (files.write_tensors, TENSORS),
 }
 
 
@@ -24,7 +26,7 @@ def files(folder) -> list[str]:
 
 
 def test_data_and_reports_of_a_study_have_folders_of_their_own(tmp_path):
-    digits = store.Store("digits", tmp_path)
+    digits = Store("digits", tmp_path)
     assert digits.data("runs", "a.csv") == tmp_path / "data" / "digits" / "runs" / "a.csv"
     assert digits.report("figures") == tmp_path / "reports" / "digits" / "figures"
 
@@ -32,7 +34,7 @@ def test_data_and_reports_of_a_study_have_folders_of_their_own(tmp_path):
 def test_open_study_fails_outside_of_a_project(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(StudyError):
-        store.open_study()
+        open_study()
 
 
 @pytest.mark.parametrize("kind", WRITERS)
@@ -45,13 +47,13 @@ def test_the_same_content_gives_the_same_bytes(tmp_path, kind):
 
 
 def test_the_order_of_metadata_does_not_matter(tmp_path):
-    store.write_tensors(tmp_path / "first", TENSORS, {"x": 1, "y": 2})
-    store.write_tensors(tmp_path / "second", TENSORS, {"y": 2, "x": 1})
+    files.write_tensors(tmp_path / "first", TENSORS, {"x": 1, "y": 2})
+    files.write_tensors(tmp_path / "second", TENSORS, {"y": 2, "x": 1})
     assert (tmp_path / "first").read_bytes() == (tmp_path / "second").read_bytes()
 
 
 def write_half(path) -> None:
-    with store.whole(path) as partial:
+    with files.whole(path) as partial:
         partial.write_text("half of i")
         raise RuntimeError("midway")
 
@@ -70,9 +72,9 @@ def test_a_write_that_raises_leaves_no_trace(tmp_path, before):
 @pytest.mark.parametrize(
     ("write", "content"),
     [
-        (store.write_json, {"x": float("nan")}),
-        (store.write_json, {"x": object()}),
-        (store.write_tensors, {"x": 1}),
+        (files.write_json, {"x": float("nan")}),
+        (files.write_json, {"x": object()}),
+        (files.write_tensors, {"x": 1}),
     ],
     ids=["NaN is no JSON", "neither is an object", "a number is no tensor"],
 )
@@ -85,7 +87,7 @@ def test_what_cannot_be_written_keeps_what_was_there(tmp_path, write, content):
 
 
 def test_nothing_is_at_the_path_before_the_block_ends(tmp_path):
-    with store.whole(tmp_path / "result") as partial:
+    with files.whole(tmp_path / "result") as partial:
         partial.write_text("x")
         assert not (tmp_path / "result").exists()
     assert (tmp_path / "result").read_text() == "x"
@@ -94,33 +96,33 @@ def test_nothing_is_at_the_path_before_the_block_ends(tmp_path):
 
 @pytest.mark.parametrize("text", ["a", "a\n", "a\n\n\n"])
 def test_text_ends_in_one_newline(tmp_path, text):
-    store.write_text(tmp_path / "a.txt", text)
+    files.write_text(tmp_path / "a.txt", text)
     assert (tmp_path / "a.txt").read_bytes() == b"a\n"
 
 
 def test_json_round_trip(tmp_path):
     value = {"float": 0.1 + 0.2, "list": [1, None, "ä"]}
-    store.write_json(tmp_path / "a.json", value)
-    assert store.read_json(tmp_path / "a.json") == value
+    files.write_json(tmp_path / "a.json", value)
+    assert files.read_json(tmp_path / "a.json") == value
 
 
 def test_tables_keep_ten_digits(tmp_path):
-    store.write_table(tmp_path / "a.csv", TABLE)
-    read = store.read_table(tmp_path / "a.csv")
+    files.write_table(tmp_path / "a.csv", TABLE)
+    read = files.read_table(tmp_path / "a.csv")
     pd.testing.assert_frame_equal(read, TABLE, rtol=1e-10)
     assert "0.3333333333\n" in (tmp_path / "a.csv").read_text()
 
 
 @pytest.mark.parametrize("names", [["0", "2"], ["null", "NA"]], ids=["numbers", "words for nothing"])
 def test_tables_keep_names_as_text(tmp_path, names):
-    store.write_table(tmp_path / "a.csv", pd.DataFrame({"layer": names, "k": [1, 2]}))
-    assert store.read_table(tmp_path / "a.csv").layer.tolist() == names
+    files.write_table(tmp_path / "a.csv", pd.DataFrame({"layer": names, "k": [1, 2]}))
+    assert files.read_table(tmp_path / "a.csv").layer.tolist() == names
 
 
 def test_tensors_round_trip_to_the_bit_with_their_metadata(tmp_path):
     tensors = {**TENSORS, "nan": torch.tensor([float("nan"), -0.0]), "turned": torch.rand(3, 4).T}
-    store.write_tensors(tmp_path / "a.safetensors", tensors, {"ranks": {"fc": [1, 0]}})
-    read, metadata = store.read_tensors(tmp_path / "a.safetensors")
+    files.write_tensors(tmp_path / "a.safetensors", tensors, {"ranks": {"fc": [1, 0]}})
+    read, metadata = files.read_tensors(tmp_path / "a.safetensors")
     assert metadata == {"ranks": {"fc": [1, 0]}}
     assert read.keys() == tensors.keys()
     for name, tensor in tensors.items():
@@ -132,21 +134,21 @@ def test_a_safetensors_file_without_our_metadata_can_be_read(tmp_path):
     from safetensors.torch import save_file
 
     save_file(TENSORS, tmp_path / "theirs.safetensors", metadata={"format": "pt"})
-    assert store.read_tensors(tmp_path / "theirs.safetensors")[1] == {}
+    assert files.read_tensors(tmp_path / "theirs.safetensors")[1] == {}
 
 
 def test_networks_keep_parameters_and_buffers(tmp_path):
     network = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2)).to(memory_format=torch.channels_last)
-    store.write_network(tmp_path / "a.safetensors", network)
-    read, _ = store.read_tensors(tmp_path / "a.safetensors")
+    files.write_network(tmp_path / "a.safetensors", network)
+    read, _ = files.read_tensors(tmp_path / "a.safetensors")
     own = network.state_dict()
     assert read.keys() == own.keys()
     assert all(torch.equal(read[name], own[name]) for name in own)
 
 
 def test_a_network_with_a_shared_module_can_be_written(tmp_path, make):
-    store.write_network(tmp_path / "a.safetensors", make("shared"))
+    files.write_network(tmp_path / "a.safetensors", make("shared"))
     other = make("shared")
     nn.init.zeros_(other.block.weight)
-    other.load_state_dict(store.read_tensors(tmp_path / "a.safetensors")[0])
+    other.load_state_dict(files.read_tensors(tmp_path / "a.safetensors")[0])
     assert torch.equal(other.block.weight, make("shared").block.weight)

@@ -5,10 +5,12 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML as Yaml
 
+from utilized_rank.base.files import write_json
+from utilized_rank.base.sections import StudyError
+from utilized_rank.base.store import main_root
 from utilized_rank.stages.layout import check_pipeline, lay_out
-from utilized_rank.study.config import StudyError
-from utilized_rank.study.homes import compose, composed, load_study, main_root, project_root, study_home
-from utilized_rank.study.store import open_study, write_json
+from utilized_rank.study.homes import compose, load_study, project_root, study_home
+from utilized_rank.study.opened import open_study
 
 ROOT = Path(__file__).parents[1]
 OWN = re.search(r"```yaml\n(# @package _global_.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
@@ -107,7 +109,7 @@ def test_a_home_holds_the_parameters_and_a_copy_of_the_pipeline(laid_out):
     home = laid_out / "reports" / "mine"
     assert sorted(path.name for path in home.iterdir()) == ["dvc.yaml", "params.yaml"]
     assert (home / "dvc.yaml").read_bytes() == (ROOT / "dvc.yaml").read_bytes()
-    assert load_study(home).model_dump() == composed("mine", laid_out).model_dump()
+    assert load_study(home).model_dump() == compose("mine", laid_out)[0].model_dump()
     values = Yaml(typ="safe").load((home / "params.yaml").read_text())
     assert (home / values["root"]).resolve() == laid_out.resolve()
     assert laid_out / values["params"] == home / "params.yaml"
@@ -194,7 +196,7 @@ def test_an_experiment_in_a_folder_of_its_own_belongs_to_the_project_that_dvc_wa
 
 @pytest.mark.parametrize("name", STUDIES)
 def test_every_path_of_a_study_lies_inside_the_project(name):
-    study = composed(name, ROOT)
+    study = compose(name, ROOT)[0]
     paths = [study.data.dataset] if study.data.source == "folder" else []
     paths += [made.file for made in study.pretrained.values() if made.file is not None]
     for path in paths:
@@ -207,7 +209,7 @@ def test_every_study_with_a_home_is_as_it_is_composed_and_run_by_the_one_pipelin
     homes = [ROOT, *(path.parent for path in ROOT.glob("reports/*/params.yaml"))]
     for home in homes:
         name = load_study(home).name
-        assert (home / "params.yaml").read_text() == compose(name, ROOT, home.relative_to(ROOT)), (
+        assert (home / "params.yaml").read_text() == compose(name, ROOT, home.relative_to(ROOT))[1], (
             f"utilized-rank study {name}"
         )
         check_pipeline(ROOT, home)
@@ -215,7 +217,7 @@ def test_every_study_with_a_home_is_as_it_is_composed_and_run_by_the_one_pipelin
 
 @pytest.mark.parametrize("name", STUDIES)
 def test_every_study_of_the_project_is_valid_and_bears_its_files_name(name):
-    study = composed(name, ROOT)
+    study = compose(name, ROOT)[0]
     assert study.name == name
     assert study.pretrained.keys() >= {run.pretrained for run in study.runs.values()} - {"none"}
     assert {run.pretrained for run in study.runs.values()} >= study.pretrained.keys()  # none is made in vain
@@ -224,15 +226,15 @@ def test_every_study_of_the_project_is_valid_and_bears_its_files_name(name):
 def test_a_study_is_composed_whatever_params_yaml_holds(tmp_path):
     shutil.copytree(ROOT / "conf", tmp_path / "conf")
     (tmp_path / "params.yaml").write_text("name: another")
-    assert composed("digits", tmp_path) == composed("digits", ROOT)
+    assert compose("digits", tmp_path)[0] == compose("digits", ROOT)[0]
     assert (tmp_path / "params.yaml").read_text() == "name: another"
 
 
 def test_a_study_that_does_not_exist_suggests_one_that_does():
     with pytest.raises(StudyError, match=r"^conf/study has no 'fashion_mnst'; did you mean 'fashion_mnist'\?$"):
-        composed("fashion_mnst", ROOT)
+        compose("fashion_mnst", ROOT)[0]
     with pytest.raises(StudyError, match=re.escape(f"conf/study has no 'xyzzy' (known: {', '.join(STUDIES)})")):
-        composed("xyzzy", ROOT)
+        compose("xyzzy", ROOT)[0]
 
 
 @pytest.mark.parametrize("test", [0.2, None], ids=["a part of the images", "test images of its own"])
@@ -241,7 +243,7 @@ def test_the_five_lines_of_the_readme_are_a_study(tmp_path, test):
     lines = OWN if test is not None else OWN.replace(", test: 0.2", "")
     assert (len(OWN.splitlines()), lines == OWN) == (5, test is not None)
     (tmp_path / "conf" / "study" / "mine.yaml").write_text(lines)
-    mine, folder = composed("mine", tmp_path), composed("folder", tmp_path)
+    mine, folder = compose("mine", tmp_path)[0], compose("folder", tmp_path)[0]
     own = {"name": "mine", "title": "My images"}
     data = folder.data.model_copy(update={"dataset": "data/raw/mine", "test": test})
     assert mine == folder.model_copy(update=own | {"data": data})
@@ -252,9 +254,9 @@ def test_a_study_file_overrides_networks_and_says_what_is_wrong_with_it(tmp_path
     file = tmp_path / "conf" / "study" / "mine.yaml"
     model = "runs: {folder_resnet20: {model: {architecture: timm/resnet18}}}\n"
     file.write_text(OWN + model)
-    assert composed("mine", tmp_path).runs["folder_resnet20"].model.architecture == "timm/resnet18"
+    assert compose("mine", tmp_path)[0].runs["folder_resnet20"].model.architecture == "timm/resnet18"
     file.write_text(OWN.replace("test: 0.2", "test: 1.2") + model.replace("timm/resnet18", "resnet18"))
     with pytest.raises(StudyError) as caught:
-        composed("mine", tmp_path)
+        compose("mine", tmp_path)[0]
     places = sorted(line.split(": ")[1] for line in str(caught.value).splitlines())
     assert places == ["data.test", "runs.folder_resnet20.model.architecture"]

@@ -6,9 +6,11 @@ import pandas as pd
 import pytest
 from committed import COMMITTED, LOCKED, ROOT, study_of
 
+from utilized_rank.base.files import read_json, write_json, write_table
+from utilized_rank.base.sections import StudyError
+from utilized_rank.base.store import Store
 from utilized_rank.report import tables
-from utilized_rank.study.config import StudyError, parse_study
-from utilized_rank.study.store import Store, read_json, write_json, write_table
+from utilized_rank.study.config import parse_study
 
 MACHINE = {"processor": "a processor", "system": "a system", "python": "3.11", "packages": {"torch": "2"}}
 

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from utilized_rank.datasets.data import Dataset, Split
-from utilized_rank.study.config import Augmentation, Model, Recipe
+from utilized_rank.datasets.sections import Augmentation
 from utilized_rank.training import loop as training
 from utilized_rank.training.models import build
+from utilized_rank.training.sections import Model, Recipe
 
 RECIPE = Recipe(epochs=4, lr=0.01, batch_size=16, weight_decay=0.0, warmup_epochs=1)
 

@@ -7,9 +7,11 @@ from typing import Annotated
 
 import typer
 
-from .study.config import Study, StudyError
-from .study.homes import composed, known_studies, load_study, project_root, study_home
-from .study.store import Store, open_study
+from .base.sections import StudyError
+from .base.store import Store
+from .study.config import Study
+from .study.homes import compose, known_studies, load_study, project_root, study_home
+from .study.opened import open_study
 
 # jsonschema, which reading a notebook imports, would spend a second on the grammar of internationalised
 # addresses. No notebook has one, and every stage would pay.
@@ -71,7 +73,7 @@ def plan(
     from .stages.plan import text
 
     root = project_root()
-    study = load_study(study_home(root)) if name is None else composed(name, root)
+    study = load_study(study_home(root)) if name is None else compose(name, root)[0]
     typer.echo(f"study {study.name}: {study.title}")
     typer.echo(text(planned(study, root)))
 
@@ -109,7 +111,7 @@ def _opened(name: str | None) -> tuple[Study, Store]:
     from .stages.layout import check_pipeline
 
     study, store = open_study(name)
-    check_pipeline(store.root, study_home(store.root, study.name))
+    check_pipeline(store.root, store.root / study.home)
     return study, store
 
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..study import config
-from ..study.homes import main_root
-from ..study.store import Store, read_tensors, write_tensors
+from ..base.files import read_tensors, write_tensors
+from ..base.sections import StudyError
+from ..base.store import Store
 from .images import Files, Images, Split, stream
+from .sections import Augmentation
 
 SPLITS = ("train", "search", "test")
 
@@ -45,20 +45,24 @@ class Dataset:
         std = torch.tensor(self.std).view(-1, 1, 1)
         return (images.float() / 255 - mean) / std
 
-    def augmented(self, images: Tensor, how: config.Augmentation, generator: torch.Generator) -> Tensor:
+    def augmented(self, images: Tensor, how: Augmentation, generator: torch.Generator) -> Tensor:
         """uint8 images (N, C, H, W), each under its own random change, normalised."""
         if how.crop:
             images = cropped(images, how.crop, generator)
         return augment(self.normalised(images), how, generator)
 
-    def seen_by(self, model: config.Model) -> Dataset:
-        """The same images, normalised as ``model`` was trained with where it says so."""
-        if model.mean is None or model.std is None:
+    def normalised_by(self, mean: Sequence[float] | None, std: Sequence[float] | None) -> Dataset:
+        """The same images, normalised with other values of each channel where they are given.
+
+        Raises:
+            StudyError: there are not as many as channels.
+        """
+        if mean is None or std is None:
             return self
         channels = self.shape[0]
-        if not len(model.mean) == len(model.std) == channels:
-            raise config.StudyError(f"mean and std of a model need one value for each of {channels} channels")
-        return replace(self, mean=list(model.mean), std=list(model.std))
+        if not len(mean) == len(std) == channels:
+            raise StudyError(f"mean and std of a model need one value for each of {channels} channels")
+        return replace(self, mean=list(mean), std=list(std))
 
     def searching_test(self) -> Dataset:
         """The data set of a run whose weights are given: the test images are its search and its test split."""
@@ -107,45 +111,6 @@ class Inputs:
             yield self.dataset.normalised(batch)
 
 
-def check_resolution(images: int, epsilons: list[float], where: str = "measure.epsilons") -> None:
-    """Refuse an epsilon finer than one image of the search split: it could only measure noise.
-
-    Raises:
-        StudyError: naming the epsilon and what one image is worth.
-    """
-    finest = 100 / images
-    for epsilon in epsilons:
-        if 0 < epsilon < finest:
-            raise config.StudyError(
-                f"{where} has {epsilon:g} points, but one of the {images} search images is worth "
-                f"{finest:.2g} points: use 0 or at least that, or enlarge data.search"
-            )
-
-
-def tolerances(dataset: Dataset, measure: config.Measure) -> list[float]:
-    """The tolerances of a study, in points: those it names, or default ones that its search splits resolve.
-
-    Says so on standard error where a default one had to give way.
-
-    Raises:
-        StudyError: as :func:`check_resolution`.
-    """
-    images = dataset.search_images
-    check_resolution(images, measure.epsilons)
-    found = measure.resolved(images).epsilons
-    if not measure.epsilons and found != list(config.DEFAULT_EPSILONS):
-        print(
-            f"tolerances are {_points(found)} points in place of {_points(config.DEFAULT_EPSILONS)}: one of the "
-            f"{images} search images is worth {100 / images:.2f} (measure.epsilons names others)",
-            file=sys.stderr,
-        )
-    return found
-
-
-def _points(epsilons: Iterable[float]) -> str:
-    return " and ".join(f"{epsilon:g}" for epsilon in epsilons)
-
-
 def path(store: Store) -> Path:
     """Where a study's data set lies."""
     return store.data("prepare", "dataset.safetensors")
@@ -153,7 +118,7 @@ def path(store: Store) -> Path:
 
 def save(dataset: Dataset, store: Store) -> None:
     """Write a study's data set as one safetensors file: its images, or the names of their files."""
-    root = main_root(store.root).absolute()
+    root = store.main.absolute()
     tensors = {f"{name}.labels": split.labels for name, split in dataset.splits.items()}
     described: dict[str, Any] = {"classes": dataset.classes, "mean": dataset.mean, "std": dataset.std, "files": {}}
     if dataset.searched is not None:
@@ -180,16 +145,10 @@ def load(store: Store) -> Dataset:
             return tensors[f"{name}.images"]
         folder, *how = described["files"][name]
         names = tensors[f"{name}.names"].numpy().tobytes().decode().split("\n")
-        return Files(main_root(store.root) / folder, names, *how)
+        return Files(store.main / folder, names, *how)
 
     splits = {name: Split(images(name), tensors[f"{name}.labels"]) for name in SPLITS}
     return Dataset(splits, described["classes"], described["mean"], described["std"], tensors.get("test.searched"))
-
-
-def of_run(study: config.Study, store: Store, run: str) -> Dataset:
-    """A study's data set as one run sees it: in its own splits, normalised as its model says."""
-    dataset = load(store).seen_by(study.runs[run].model)
-    return dataset.searching_test() if study.search_from(run) == "test" else dataset
 
 
 def cropped(images: Tensor, pixels: int, generator: torch.Generator) -> Tensor:
@@ -203,7 +162,7 @@ def cropped(images: Tensor, pixels: int, generator: torch.Generator) -> Tensor:
     return around[some, :, rows.unsqueeze(2), columns.unsqueeze(1)].permute(0, 3, 1, 2)
 
 
-def augment(images: Tensor, how: config.Augmentation, generator: torch.Generator) -> Tensor:
+def augment(images: Tensor, how: Augmentation, generator: torch.Generator) -> Tensor:
     """Each image of a normalised batch (N, C, H, W) under its own random change.
 
     One resampling does translation, rotation, scale and flip; then contrast and noise.

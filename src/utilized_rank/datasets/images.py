@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..study.config import StudyError
+from ..base.sections import StudyError
 
 CHANNELS = 3
 """Of every image that comes from a file."""

@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..study.config import Data, StudyError
+from ..base.sections import StudyError
 from .data import SPLITS, Dataset
 from .images import Images, stream
+from .sections import Data
 from .sources import Source, read
 
 DESCRIBING = 50_000

@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..study.config import Data, StudyError
-from ..study.homes import main_root
+from ..base.sections import StudyError
 from .images import CHANNELS, Files, Split, array
+from .sections import Data
 
 RAW = Path("data", "raw")
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
@@ -42,7 +42,7 @@ def read(data: Data, root: Path) -> Source:
     Raises:
         StudyError: they cannot be reached, or are not what an image folder must be; says what to do.
     """
-    return {"sklearn": _sklearn, "torchvision": _torchvision, "folder": _folder}[data.source](data, main_root(root))
+    return {"sklearn": _sklearn, "torchvision": _torchvision, "folder": _folder}[data.source](data, root)
 
 
 def _sklearn(data: Data, root: Path) -> Source:
@@ -190,7 +190,7 @@ def size(data: Data, root: Path) -> Size:
     Raises:
         StudyError: the folder is none.
     """
-    folder = main_root(root) / (data.dataset if data.source == "folder" else RAW / data.dataset)
+    folder = root / (data.dataset if data.source == "folder" else RAW / data.dataset)
     if data.source == "sklearn" or (data.source == "torchvision" and not (folder / "train").is_dir()):
         return PUBLISHED[data.dataset]
     listed = _image_folder(data.model_copy(update={"image_size": SMALL + 1}), folder)

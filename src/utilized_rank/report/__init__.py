@@ -1,4 +1,4 @@
 """Tables, figures and pages.
 
-Uses `study`, and of `stages` their names.
+Uses `base`, `training`, `study`, and of `stages` their names.
 """

@@ -9,7 +9,8 @@ from typing import Any
 import jinja2
 import pandas as pd
 
-from ..study.store import Store, read_json, read_table, write_table, write_text
+from ..base.files import read_json, read_table, write_table, write_text
+from ..base.store import Store
 from .figures import style
 from .figures.study import overview as figure
 from .pages import TEMPLATES, css, table_html

@@ -16,9 +16,10 @@ from latex2mathml.converter import convert
 from nbconvert import HTMLExporter
 from pygments.formatters import HtmlFormatter
 
+from ..base.files import write_text
+from ..base.store import Store
 from ..stages.notebooks import STAGES, executed_name, keys_of
 from ..study.config import Study
-from ..study.store import Store, write_text
 from .figures import style
 from .figures.frontier import latency
 from .tables import latencies, mlu_column, result, timed

@@ -7,8 +7,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ..study.config import DEFAULT_EPSILONS, FROM_SCRATCH, Comparison, Run, Study
-from ..study.store import Store, read_json, read_table
+from ..base.files import read_json, read_table
+from ..base.store import Store
+from ..study.config import Study
+from ..study.sections import DEFAULT_EPSILONS, FROM_SCRATCH, Comparison, Run
 
 METHOD_NAMES = {
     "dense": "dense",

@@ -13,6 +13,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from ..base.files import read_tensors, write_network
 from ..compression.lowrank import (
     METHODS,
     Channel,
@@ -32,7 +33,6 @@ from ..ranks.layers import Layer, countable
 from ..ranks.moments import Moments
 from ..ranks.projection import bases, projected, replaced
 from ..ranks.subspaces import Subspace, numerical_rank
-from ..study.store import read_tensors, write_network
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import pandas as pd
 import torch
 from torch import nn
 
+from ..base.sections import StudyError
 from ..compression.compensation import Compensation
 from ..compression.lowrank import (
     FORMS,
@@ -41,15 +42,16 @@ from ..compression.policies import (
     independent,
     joint,
 )
-from ..datasets.data import Dataset, check_resolution
+from ..datasets.data import Dataset
 from ..networks.attention import explicit
 from ..networks.evaluation import is_correct, received
 from ..ranks.layers import Layer, countable
 from ..ranks.moments import Moments
 from ..ranks.projection import bases
-from ..study import config
-from ..study.config import Policy
+from ..study.sections import Frontier, Policy
+from ..study.tolerances import check_resolution
 from ..training import models
+from ..training.sections import Model
 from .decompose import Decomposed
 
 
@@ -71,7 +73,7 @@ class Compression:
         ranks: pd.DataFrame,
         moments: dict[str, Moments],
         dataset: Dataset,
-        parameters: config.Frontier,
+        parameters: Frontier,
         memory: int = 2048,
     ) -> None:
         self.network = network.eval()
@@ -100,7 +102,7 @@ class Compression:
             try:
                 return budgets.within(int(policy.amount * budgets.network))
             except ValueError as error:
-                raise config.StudyError(str(error)) from None
+                raise StudyError(str(error)) from None
         if policy.search == "independent":
             found = self._found(policy)
             ranks = {n: max(1, min(int(found.r[n]), layer.width)) for n, layer in self.layers.items()}
@@ -152,7 +154,7 @@ class Compression:
         """A copy of the network with layers in two, with the weights of ``method``.
 
         Args:
-            method: one of ``config.Method``.
+            method: one of ``Method``.
             choices: the form and rank of each layer that is put in two.
             dimensions: k_S and k_T of P_S W P_T; of a layer that is not in it both are its rank.
         """
@@ -238,7 +240,7 @@ class Compression:
 
 
 def untrained(
-    model: config.Model, shape: tuple[int, int, int], classes: int, split: bool, forms: dict[str, list[Any]]
+    model: Model, shape: tuple[int, int, int], classes: int, split: bool, forms: dict[str, list[Any]]
 ) -> nn.Module:
     """A network in the forms of a decomposed one, with random weights.
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
-from ..study.config import StudyError
-from ..study.homes import compose
-from ..study.store import write_text
+from ..base.files import write_text
+from ..base.sections import StudyError
+from ..study.homes import compose, default_study
 
 PIPELINE = "dvc.yaml"
 
@@ -28,9 +28,8 @@ def lay_out(root: Path, name: str) -> tuple[Path, list[str]]:
     Raises:
         StudyError: as :func:`utilized_rank.study.homes.compose`.
     """
-    default = YAML(typ="safe").load(compose(None, root))["name"]
-    home = root if name == default else root / "reports" / name
-    text = compose(name, root, home.relative_to(root))
+    home = root if name == default_study(root) else root / "reports" / name
+    _, text = compose(name, root, home.relative_to(root))
     if home != root:
         write_text(home / PIPELINE, (root / PIPELINE).read_text())
     params = home / "params.yaml"

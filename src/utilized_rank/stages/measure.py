@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from torch import nn
 
-from ..datasets.data import Dataset, check_resolution
+from ..datasets.data import Dataset
 from ..ranks import measure as library
 from ..ranks.measure import Measurement
-from ..study.config import Measure
+from ..study.sections import Measure
+from ..study.tolerances import check_resolution
 
 
 def measure(network: nn.Module, dataset: Dataset, parameters: Measure) -> Measurement:

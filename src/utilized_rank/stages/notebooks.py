@@ -14,9 +14,10 @@ from typing import Any
 import nbformat
 from nbformat import NotebookNode
 
-from ..study.config import Study, StudyError
-from ..study.homes import study_home
-from ..study.store import Store, write_json, write_text
+from ..base.files import write_json, write_text
+from ..base.sections import StudyError
+from ..base.store import Store
+from ..study.config import Study
 
 STAGES: dict[str, tuple[str, str] | None] = {
     "prepare": None,
@@ -87,7 +88,7 @@ def execute(study: Study, store: Store, stage: str, key: str | None) -> None:
     takes = STAGES[stage]
     began = time.perf_counter()
     # In the study's home, by which the notebook knows whose parameters to read.
-    home = study_home(store.root, study.name)
+    home = store.root / study.home
     _papermill(notebook, partial, {} if takes is None else {takes[0]: key}, store.root, home)
     write_text(done, nbformat.writes(_stable(nbformat.read(partial, as_version=4))))
     partial.unlink()

@@ -17,8 +17,10 @@ from ..networks import cost
 from ..networks.attention import explicit
 from ..networks.evaluation import BATCH, received
 from ..ranks.layers import countable
-from ..study.config import Finetune, Frontier, Measure, Model, Pretrained, Recipe, Study, Train
+from ..study.config import Study
+from ..study.sections import Frontier, Measure
 from ..training import models
+from ..training.sections import Finetune, Model, Pretrained, Recipe, Train
 
 PASSES = 2.0
 """Passes of the search split, by FLOPs, for each layer and tolerance: 1.4 to 2.7 on digits and CIFAR-10."""

@@ -1,4 +1,4 @@
-"""What makes a study: its parameters, where it lies, its files, random numbers, and where results came from.
+"""What makes a study: all its parameters, where it lies, how it is opened, and where its results came from.
 
-Uses `networks`, for the names of precisions.
+Uses `base`, `datasets` and `training`; and of `networks` the names of precisions.
 """

@@ -14,7 +14,8 @@ from typing import Any
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from .config import Study, StudyError, parse_study, suggestion
+from ..base.sections import StudyError, suggestion
+from .config import Study, parse_study
 
 
 def project_root() -> Path:
@@ -28,18 +29,6 @@ def project_root() -> Path:
         if (folder / "conf").is_dir() and (folder / "params.yaml").is_file():
             return folder
     raise StudyError(f"no project in {here} or above it (a folder with conf/ and params.yaml): run this inside it")
-
-
-def main_root(root: Path) -> Path:
-    """The project that the paths of a study are relative to: ``root``, but for experiments in a folder of their own.
-
-    What git ignores, as raw images and checkpoints, is not there when DVC runs an experiment from its queue or with
-    ``--temp``: it stays in the project that DVC was called in, which DVC names in DVC_ROOT.
-    """
-    called_in = os.environ.get("DVC_ROOT")
-    if called_in and root.resolve().is_relative_to(Path(called_in).resolve() / ".dvc" / "tmp"):
-        return Path(called_in)
-    return root
 
 
 def study_home(root: Path, name: str | None = None) -> Path:
@@ -57,12 +46,9 @@ def study_home(root: Path, name: str | None = None) -> Path:
         inside = Path.cwd().relative_to(root).parts if Path.cwd().is_relative_to(root) else ()
         own = root / "reports" / inside[1] if len(inside) > 1 and inside[0] in ("data", "reports") else root
         return own if (own / "params.yaml").is_file() else root
-    own = root / "reports" / name
+    own = root if name == default_study(root) else root / "reports" / name
     if (own / "params.yaml").is_file():
         return own
-    default = _read_yaml(root / "params.yaml")
-    if isinstance(default, dict) and default.get("name") == name:
-        return root
     if name in known_studies(root):
         raise StudyError(f"study {name} is not laid out yet: run `utilized-rank study {name}`")
     raise StudyError(f"there is no study {name!r}{suggestion(name, known_studies(root))}")
@@ -94,16 +80,22 @@ def _read_yaml(path: Path) -> Any:
         raise StudyError(f"{_shown(path)} is not valid YAML: {error}") from error
 
 
+def default_study(root: Path) -> str:
+    """The name of the study whose home is ``root``, from ``conf/config.yaml``."""
+    defaults = _read_yaml(root / "conf" / "config.yaml")["defaults"]
+    return next(str(item["study"]) for item in defaults if isinstance(item, dict) and "study" in item)
+
+
 def known_studies(root: Path) -> list[str]:
     """The studies of ``conf/study``, by name."""
     return sorted(path.stem for path in (root / "conf" / "study").glob("*.yaml"))
 
 
-def compose(name: str | None, root: Path, home: Path = Path()) -> str:
-    """The ``params.yaml`` of the study in ``conf/study/<name>.yaml``, composed by Hydra.
+def compose(name: str, root: Path, home: Path = Path()) -> tuple[Study, str]:
+    """The study in ``conf/study/<name>.yaml``, and its ``params.yaml`` as Hydra composes it.
 
     Args:
-        name: of the study; the default one of ``conf/config.yaml`` without it.
+        name: of the study.
         root: the project's root.
         home: the study's home, from there.
 
@@ -115,29 +107,19 @@ def compose(name: str | None, root: Path, home: Path = Path()) -> str:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    if name is not None and name not in known_studies(root):
+    if name not in known_studies(root):
         raise StudyError(f"conf/study has no {name!r}{suggestion(name, known_studies(root))}")
     place = [f"root={os.path.relpath('.', home)}", f"params={(home / 'params.yaml').as_posix()}"]
-    overrides = [*place, *([f"study={name}"] if name else [])]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "params.yaml")
         try:
-            compose_and_dump(str(path), str(root.absolute() / "conf"), None, "config", "", overrides)
+            compose_and_dump(str(path), str(root.absolute() / "conf"), None, "config", "", [*place, f"study={name}"])
         except (HydraException, OmegaConfBaseException, YAMLError) as error:
             raise StudyError(f"conf/study/{name}.yaml cannot be composed: {error}") from None
         with modify_yaml(str(path)):
             pass  # to the bytes that DVC writes, so that a parameter set and set back leaves no trace
         text = path.read_text()
     study = parse_study(YAML(typ="safe").load(text), f"conf/study/{name}.yaml")
-    if name is not None and study.name != name:
+    if study.name != name:
         raise StudyError(f"conf/study/{name}.yaml says name: {study.name}, but a study is named as its file: {name}")
-    return text
-
-
-def composed(name: str, root: Path) -> Study:
-    """The study in ``conf/study/<name>.yaml``, whatever is laid out.
-
-    Raises:
-        StudyError: as :func:`compose`.
-    """
-    return parse_study(YAML(typ="safe").load(compose(name, root)), f"conf/study/{name}.yaml")
+    return study, text

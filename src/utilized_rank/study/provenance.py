@@ -9,16 +9,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from ..base.files import file_hash
 from ..networks.precision import resolved
 from .config import Study
 
 PACKAGES = ("torch", "torchvision", "timm", "lightly", "numpy", "scipy", "scikit-learn", "dvc", "papermill")
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def tree_hash(paths: list[Path], root: Path) -> str:

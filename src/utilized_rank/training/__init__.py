@@ -1,4 +1,4 @@
 """Architectures by name, their initial weights with and without labels, and the one training loop.
 
-Uses `networks`, `study` and `datasets`.
+Uses `networks`, `base` and `datasets`.
 """

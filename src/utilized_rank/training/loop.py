@@ -13,14 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..base.runtime import seeded
 from ..datasets.data import Dataset
 from ..datasets.images import Split
+from ..datasets.sections import Augmentation
 from ..networks.batches import Batches
 from ..networks.evaluation import BATCH, features, is_correct
 from ..networks.precision import Precision, autocast
-from ..study.config import Augmentation, Finetune, Recipe, Study
-from ..study.runtime import start
 from .models import classifier
+from .sections import Finetune, Recipe
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """From a batch of training images as they are kept, and their labels, int64 (B,), to its mean loss, a scalar."""
@@ -130,7 +131,14 @@ TEMPERATURE = 4.0
 
 
 def finetune(
-    network: nn.Module, original: nn.Module, dataset: Dataset, recipe: Finetune, study: Study, purpose: str, title: str
+    network: nn.Module,
+    original: nn.Module,
+    dataset: Dataset,
+    recipe: Finetune,
+    seed: int,
+    purpose: str,
+    precision: Precision,
+    title: str,
 ) -> list[Tuned]:
     """Train copies of ``network`` on: one for each seed of ``recipe``.
 
@@ -140,15 +148,16 @@ def finetune(
         dataset: of the training and the search split.
         recipe: of every copy. Of several learning rates the first seed takes the one that is best on the search
             split (one whose loss does not stay finite is out), and the others follow.
-        study: seed, threads and precision.
+        seed: of the study.
         purpose: of the random numbers: those of one purpose and seed are the same for every network.
+        precision: of the arithmetic.
         title: of the progress bar.
     """
     teacher = copy.deepcopy(original).eval()
 
-    def trained(lr: float, seed: int) -> Tuned:
+    def trained(lr: float, copied: int) -> Tuned:
         student = copy.deepcopy(network)
-        generator = start(study, purpose if seed == 0 else f"{purpose} {seed}")
+        generator = seeded(seed, purpose if copied == 0 else f"{purpose} {copied}")
 
         def loss(images: Tensor, labels: Tensor) -> Tensor:
             student.train()
@@ -161,7 +170,7 @@ def finetune(
 
         its = recipe.model_copy(update={"lr": lr})
         train, watch = dataset.splits["train"], _watch(student, dataset)
-        curve = fit(student.parameters(), loss, train, its, generator, study.precision, watch, title)
+        curve = fit(student.parameters(), loss, train, its, generator, precision, watch, title)
         return Tuned(student, lr, curve)
 
     tried, failed = [], None
@@ -173,7 +182,7 @@ def finetune(
     if failed is not None and not tried:
         raise failed
     best = max(tried, key=lambda tuned: tuned.curve.search_accuracy.iloc[-1])
-    return [best, *(trained(best.lr, seed) for seed in range(1, recipe.seeds))]
+    return [best, *(trained(best.lr, copied) for copied in range(1, recipe.seeds))]
 
 
 def distillation(logits: Tensor, teacher: nn.Module, images: Tensor) -> Tensor:

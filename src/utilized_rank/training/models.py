@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from ..base.files import file_hash, read_tensors
+from ..base.sections import StudyError
 from ..datasets.images import CHANNELS
 from ..networks.attention import explicit
-from ..study import config
-from ..study.provenance import file_hash
-from ..study.store import read_tensors
+from .sections import Model
 
 Shape = tuple[int, int, int]
 """Of an image: channels, height, width."""
@@ -27,7 +27,7 @@ VGG11 = (64, "pool", 128, "pool", 256, 256, "pool", 512, 512, "pool", 512, 512, 
 class VGG(nn.Module):
     """VGG11 with batch norm (Simonyan and Zisserman 2015) for small images: one linear layer on top."""
 
-    def __init__(self, model: config.Model, channels: int, classes: int) -> None:
+    def __init__(self, model: Model, channels: int, classes: int) -> None:
         super().__init__()
         layers: list[nn.Module] = []
         for item in VGG11:
@@ -71,7 +71,7 @@ class ResidualBlock(nn.Module):
 class ResNet20(nn.Module):
     """The CIFAR form of He et al. 2016 with three blocks a stage."""
 
-    def __init__(self, model: config.Model, channels: int, classes: int) -> None:
+    def __init__(self, model: Model, channels: int, classes: int) -> None:
         super().__init__()
         widths = [_scaled(w, model.width) for w in (16, 32, 64)]
         self.conv1 = nn.Conv2d(channels, widths[0], 3, padding=1, bias=False)
@@ -98,7 +98,7 @@ def _scaled(width: int, multiple: float) -> int:
     return max(1, round(width * multiple))
 
 
-def _vit(model: config.Model, shape: Shape, classes: int) -> nn.Module:
+def _vit(model: Model, shape: Shape, classes: int) -> nn.Module:
     import timm  # a second to import, and only this architecture needs it
 
     return timm.create_model(
@@ -113,16 +113,16 @@ def _vit(model: config.Model, shape: Shape, classes: int) -> nn.Module:
     )
 
 
-def _timm(model: config.Model, shape: Shape, classes: int | None, weights: bool = False) -> nn.Module:
+def _timm(model: Model, shape: Shape, classes: int | None, weights: bool = False) -> nn.Module:
     import timm
 
     name = model.architecture.removeprefix("timm/")
     if not timm.is_model(name):
-        raise config.StudyError(f"timm has no {name!r}{_like(name, timm.list_models())}")
+        raise StudyError(f"timm has no {name!r}{_like(name, timm.list_models())}")
     base, _, tag = name.partition(".")
     if tag and name not in timm.list_pretrained(f"{base}.*"):
         known = timm.list_pretrained(f"{base}.*")
-        raise config.StudyError(f"timm has no {name!r}{_like(name, known)}")
+        raise StudyError(f"timm has no {name!r}{_like(name, known)}")
     cfg = timm.get_pretrained_cfg(name)
     given: dict[str, Any] = {"in_chans": shape[0]}
     if classes is not None:
@@ -132,24 +132,24 @@ def _timm(model: config.Model, shape: Shape, classes: int | None, weights: bool 
     return _cut(timm.create_model(name, pretrained=weights, **given), model.blocks)
 
 
-def _torchvision(model: config.Model, shape: Shape, classes: int | None, weights: str | None = None) -> nn.Module:
+def _torchvision(model: Model, shape: Shape, classes: int | None, weights: str | None = None) -> nn.Module:
     from torchvision import models
 
     name = model.architecture.removeprefix("torchvision/")
     if name not in models.list_models(models):
-        raise config.StudyError(f"torchvision has no {name!r}{_like(name, models.list_models(models))}")
+        raise StudyError(f"torchvision has no {name!r}{_like(name, models.list_models(models))}")
     if shape[0] != CHANNELS:
-        raise config.StudyError(f"torchvision's networks take images of {CHANNELS} channels, not {shape[0]}")
+        raise StudyError(f"torchvision's networks take images of {CHANNELS} channels, not {shape[0]}")
     named = list(models.get_model_weights(name).__members__)
     if weights not in (None, "DEFAULT", *named):
-        raise config.StudyError(f"torchvision has no weights {weights!r} for {name} (known: {', '.join(named)})")
+        raise StudyError(f"torchvision has no weights {weights!r} for {name} (known: {', '.join(named)})")
     given: dict[str, Any] = {} if classes is None else {"num_classes": classes}
     if name.startswith("vit"):
         given["image_size"] = shape[1]
     try:
         return _cut(models.get_model(name, weights=weights, **given), model.blocks)
     except (AssertionError, ValueError) as error:  # its own words on sizes that it does not take
-        raise config.StudyError(f"torchvision's {name} does not take data.image_size {shape[1]}: {error}") from None
+        raise StudyError(f"torchvision's {name} does not take data.image_size {shape[1]}: {error}") from None
 
 
 def _like(name: str, known: list[str]) -> str:
@@ -162,7 +162,7 @@ def _cut(network: nn.Module, blocks: int | None) -> nn.Module:
     if blocks is not None:
         path = next((path for path in ("blocks", "encoder.layers") if _has(network, path)), None)
         if path is None:
-            raise config.StudyError(f"{type(network).__name__} has no list of blocks: leave blocks away")
+            raise StudyError(f"{type(network).__name__} has no list of blocks: leave blocks away")
         parent, _, name = path.rpartition(".")
         whole = cast(nn.Sequential, network.get_submodule(path))
         setattr(network.get_submodule(parent), name, whole[:blocks])
@@ -173,19 +173,19 @@ def _has(network: nn.Module, path: str) -> bool:
     return any(name == path for name, _ in network.named_modules())
 
 
-def _of_library(model: config.Model, shape: Shape, classes: int | None) -> nn.Module:
+def _of_library(model: Model, shape: Shape, classes: int | None) -> nn.Module:
     make = _timm if model.architecture.startswith("timm/") else _torchvision
     return make(model, shape, classes)
 
 
-BUILDERS: dict[str, Callable[[config.Model, Shape, int], nn.Module]] = {
+BUILDERS: dict[str, Callable[[Model, Shape, int], nn.Module]] = {
     "vgg11": lambda model, shape, classes: VGG(model, shape[0], classes),
     "resnet20": lambda model, shape, classes: ResNet20(model, shape[0], classes),
     "vit": _vit,
 }
 
 
-def build(model: config.Model, shape: Shape, classes: int) -> nn.Module:
+def build(model: Model, shape: Shape, classes: int) -> nn.Module:
     """A network with random weights, for images of ``shape`` (channels, height, width).
 
     Convolutions of our own networks are initialised as by He et al. 2015 (fan out), all else as timm or
@@ -203,7 +203,7 @@ def build(model: config.Model, shape: Shape, classes: int) -> nn.Module:
     return network.to(memory_format=torch.channels_last)
 
 
-def load(path: Path, model: config.Model, shape: Shape, classes: int, qkv: str = "fused") -> nn.Module:
+def load(path: Path, model: Model, shape: Shape, classes: int, qkv: str = "fused") -> nn.Module:
     """A network with the weights of a safetensors file, in evaluation mode, all of whose layers are called.
 
     Args:
@@ -226,7 +226,7 @@ def classifier(network: nn.Module) -> nn.Linear:
     """
     linear = [module for module in network.modules() if isinstance(module, nn.Linear)]
     if not linear:
-        raise config.StudyError(f"{type(network).__name__} has no linear layer to classify with")
+        raise StudyError(f"{type(network).__name__} has no linear layer to classify with")
     return linear[-1]
 
 
@@ -244,36 +244,36 @@ def read_checkpoint(path: Path, sha256: str, url: str | None = None) -> dict[str
     if not path.is_file():
         _download(path, sha256, url)
     if (found := file_hash(path)) != sha256:
-        raise config.StudyError(f"checkpoint {path} has SHA-256 {found}, not {sha256}: it is another file")
+        raise StudyError(f"checkpoint {path} has SHA-256 {found}, not {sha256}: it is another file")
     try:
         if path.suffix == ".safetensors":
             return read_tensors(path)[0]
         held = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, IndexError, ValueError) as error:
         why = str(error).splitlines() or [type(error).__name__]
-        raise config.StudyError(f"checkpoint {path} cannot be read: {why[0]}") from None
+        raise StudyError(f"checkpoint {path} cannot be read: {why[0]}") from None
     for key in ("state_dict", "model"):  # what training scripts wrap it in
         held = held.get(key, held) if isinstance(held, dict) else held
     if not isinstance(held, dict) or not all(isinstance(tensor, Tensor) for tensor in held.values()):
-        raise config.StudyError(f"checkpoint {path} holds no state dict")
+        raise StudyError(f"checkpoint {path} holds no state dict")
     return {name.removeprefix("module."): tensor for name, tensor in held.items()}
 
 
 def _download(path: Path, sha256: str, url: str | None) -> None:
     """Bring a file from ``url`` to ``path``, whole and checked or not at all."""
     if url is None:
-        raise config.StudyError(f"checkpoint {path} is not there: put the file in place, or correct its path")
+        raise StudyError(f"checkpoint {path} is not there: put the file in place, or correct its path")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         torch.hub.download_url_to_file(url, str(path), sha256, progress=False)
     except (OSError, RuntimeError) as error:  # RuntimeError: it has another hash
-        raise config.StudyError(
+        raise StudyError(
             f"checkpoint {path} is not there, and cannot be downloaded ({error}). Connect to a network once; or get "
             f"{url} by other means, with SHA-256 {sha256}, and put it there under that name."
         ) from None
 
 
-def published(model: config.Model, weights: str | None, shape: Shape, classes: int) -> dict[str, Tensor]:
+def published(model: Model, weights: str | None, shape: Shape, classes: int) -> dict[str, Tensor]:
     """The tensors that timm or torchvision publishes for an architecture, from their caches or a download.
 
     The classifier is left out where it is for another number of classes.
@@ -283,14 +283,14 @@ def published(model: config.Model, weights: str | None, shape: Shape, classes: i
     """
     library, _, name = model.architecture.rpartition("/")
     if not library:
-        raise config.StudyError(f"nobody publishes weights for {name}: method published is for timm/ and torchvision/")
+        raise StudyError(f"nobody publishes weights for {name}: method published is for timm/ and torchvision/")
     try:
         if library == "timm":
             network = _timm(model, shape, None, weights=True)
         else:
             network = _torchvision(model, shape, None, weights or "DEFAULT")
     except (OSError, RuntimeError, ValueError, KeyError) as error:
-        raise config.StudyError(
+        raise StudyError(
             f"the weights of {model.architecture} are in no cache, and cannot be downloaded "
             f"({str(error).splitlines()[0]}): connect to a network once, or give a file by method: checkpoint"
         ) from None
@@ -314,6 +314,6 @@ def start_from(network: nn.Module, tensors: dict[str, Tensor]) -> list[str]:
     for name, tensor in tensors.items():
         if name not in own or own[name].shape != tensor.shape:
             expected = tuple(own[name].shape) if name in own else "no such tensor"
-            raise config.StudyError(f"{name} {tuple(tensor.shape)} does not fit the network: {expected}")
+            raise StudyError(f"{name} {tuple(tensor.shape)} does not fit the network: {expected}")
     network.load_state_dict(tensors, strict=False)
     return [name for name in own if name not in tensors]

@@ -18,12 +18,12 @@ from lightly.models.modules import (
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from ..base.sections import StudyError
 from ..datasets.data import Dataset
 from ..networks.precision import Precision
-from ..study.config import Pretrained, StudyError
-from ..study.homes import main_root
 from .loop import fit
 from .models import classifier, published, read_checkpoint
+from .sections import Pretrained
 
 
 def initial_weights(
@@ -42,14 +42,14 @@ def initial_weights(
         recipe: how weights are made, or where they are.
         generator: of random numbers.
         precision: of the arithmetic.
-        root: the project's root, that the path of a given file is relative to.
+        root: that the path of a given file is relative to.
 
     Raises:
         StudyError: given weights cannot be had, or the network has no tokens to mask.
     """
     uncurved = pd.DataFrame(columns=["epoch", "lr", "loss"])
     if recipe.file is not None and recipe.sha256 is not None:
-        return read_checkpoint(main_root(root) / recipe.file, recipe.sha256, recipe.url), uncurved
+        return read_checkpoint(root / recipe.file, recipe.sha256, recipe.url), uncurved
     if recipe.method == "published":
         return published(recipe.model, recipe.weights, dataset.shape, len(dataset.classes)), uncurved
     make = {"simclr": pretrain_simclr, "mae": pretrain_mae}[recipe.method]

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, PercentFormatter
 
-from ...study.config import Model
+from ...training.sections import Model
 from .style import AMBER, BLACK, BLUE, GREEN, GREY, ORANGE, PINK, short
 
 METHODS = {

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
-from ...study.store import whole
+from ...base.files import whole
 
 # Okabe and Ito 2008: told apart with every kind of colour vision, and in print.
 BLUE, ORANGE, GREEN, PINK = "#0072B2", "#D55E00", "#009E73", "#CC79A7"

@@ -1,18 +1,15 @@
-"""Where results lie, and how they are written: whole or not at all, and to the same bytes each time."""
+"""Files that are written whole or not at all, and to the same bytes each time."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from .config import Study, StudyError
-from .homes import load_study, project_root, study_home
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -23,52 +20,10 @@ NAMES = ("layer", "run", "kind", "form", "method", "subspace")
 """Columns of tables that hold names."""
 
 
-@dataclass(frozen=True)
-class Store:
-    """The folders of one study.
-
-    ``data/<study>/`` holds what DVC caches, ``reports/<study>/`` the small text and pictures that
-    git keeps, and ``data/<study>/timings/`` what differs from one execution to the next.
-    """
-
-    study: str
-    root: Path = Path()
-
-    def data(self, *parts: str) -> Path:
-        """A path under ``data/<study>/``."""
-        return self.root.joinpath("data", self.study, *parts)
-
-    def report(self, *parts: str) -> Path:
-        """A path under ``reports/<study>/``."""
-        return self.root.joinpath("reports", self.study, *parts)
-
-
-def open_study(name: str | None = None) -> tuple[Study, Store]:
-    """The parameters and folders of a study: the one around the working directory, or the one of that name.
-
-    Tolerances that it leaves to its search split are in place as soon as the images are split.
-
-    Raises:
-        StudyError: as :func:`utilized_rank.study.homes.study_home` and ``load_study`` there; or the parameters are
-            another study's.
-    """
-    root = project_root()
-    home = study_home(root, name)
-    study = load_study(home)
-    params = (home / "params.yaml").relative_to(root).as_posix()
-    if study.params != params or study.name != (name or study.name):
-        raise StudyError(
-            f"{params} says name: {study.name} and params: {study.params}, which it is not: "
-            f"run `utilized-rank study {name or home.name}`"
-        )
-    store = Store(study.name, root)
-    splits = store.data("prepare", "splits.json")
-    if not study.measure.epsilons and splits.is_file():
-        indices = read_json(splits)
-        smallest = min(len(indices[name]) for name in ("search", "test_searched") if name in indices)
-        measure = study.measure.resolved(smallest)
-        study = study.model_copy(update={"measure": measure})
-    return study, store
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager
