@@ -288,7 +288,7 @@ def test_a_residual_branch_makes_up_for_its_shortcut(built, images, name, earlie
 
     @torch.no_grad()
     def summed(network: nn.Module) -> Tensor:
-        run = traced.through(network).between([traced.images()], [sum_of(traced.node(later))])
+        run = traced.through(network).between(traced.images(), [sum_of(traced.node(later))])
         return run(images)[0]
 
     def error(fit: Fit) -> float:
@@ -378,7 +378,7 @@ def test_the_sum_that_a_branch_enters_is_found_with_its_scale(name, run, scale):
     traced = Traced(network)
     into = residual(traced, traced.node(name))
     assert into is not None
-    assert into.other is traced.images()
+    assert into.other is traced.images()[0]
     torch.testing.assert_close(into.scale, scale(network).detach())
     layer, images = Layer(name, network.get_submodule(name)), torch.randn(2, 6, 6, 6)
     change = torch.arange(1.0, 7)

@@ -21,7 +21,7 @@ WRITERS = {
 }
 
 
-def files(folder) -> list[str]:
+def names_in(folder) -> list[str]:
     return sorted(os.listdir(folder))
 
 
@@ -43,7 +43,7 @@ def test_the_same_content_gives_the_same_bytes(tmp_path, kind):
     write(tmp_path / "first", content)
     write(tmp_path / "new" / "folder" / "second", content)
     assert (tmp_path / "first").read_bytes() == (tmp_path / "new" / "folder" / "second").read_bytes()
-    assert files(tmp_path) == ["first", "new"]
+    assert names_in(tmp_path) == ["first", "new"]
 
 
 def test_the_order_of_metadata_does_not_matter(tmp_path):
@@ -65,7 +65,7 @@ def test_a_write_that_raises_leaves_no_trace(tmp_path, before):
         path.write_text(before)
     with pytest.raises(RuntimeError, match="midway"):
         write_half(path)
-    assert files(tmp_path) == ([] if before is None else ["result"])
+    assert names_in(tmp_path) == ([] if before is None else ["result"])
     assert before is None or path.read_text() == before
 
 
@@ -82,7 +82,7 @@ def test_what_cannot_be_written_keeps_what_was_there(tmp_path, write, content):
     (tmp_path / "result").write_text("old")
     with pytest.raises((ValueError, TypeError, AttributeError)):
         write(tmp_path / "result", content)
-    assert files(tmp_path) == ["result"]
+    assert names_in(tmp_path) == ["result"]
     assert (tmp_path / "result").read_text() == "old"
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from torch.nn.grad import conv2d_weight
 
 from ..networks.batches import Batches
+from ..networks.devices import device_of, sums_on
 from ..networks.evaluation import received
 from ..networks.suffix import Suffix, Traced
 from ..ranks.layers import Layer, padding
@@ -35,8 +36,10 @@ class Pairs:
     def __init__(self, layer: Layer) -> None:
         self.layer = layer
         self._stream = Stream(layer, None)
-        self._cross = torch.zeros(layer.groups, layer.m, layer.n, dtype=torch.float64)
-        self._total = torch.zeros(layer.groups * layer.n, dtype=torch.float64)
+        self._cross = torch.zeros(
+            layer.groups, layer.m, layer.n, dtype=torch.float64, device=sums_on(layer.module.weight.device)
+        )
+        self._total = self._cross.new_zeros(layer.groups * layer.n)
 
     @torch.no_grad()
     def add(self, inputs: Tensor, outputs: Tensor) -> None:
@@ -49,15 +52,15 @@ class Pairs:
         lacking = outputs - _without_bias(layer, inputs)
         if isinstance(module, nn.Linear):
             rows, lacking = inputs.reshape(-1, layer.m), lacking.reshape(-1, layer.n)
-            self._cross += (rows.mT @ lacking).double()
-            self._total += lacking.double().sum(0)
+            self._cross += (rows.mT @ lacking).to(self._cross)
+            self._total += lacking.to(self._total).sum(0)
         else:
             # The products of patches and outputs are the gradient of a convolution's weight.
             padded, plain = _padded(module, inputs)
             how = (module.stride, plain, module.dilation, module.groups)
             sums = conv2d_weight(padded, list(module.weight.shape), lacking, *how)
-            self._cross += sums.double().reshape(layer.groups, layer.n, layer.m).mT
-            self._total += lacking.double().sum((0, 2, 3))
+            self._cross += sums.to(self._cross).reshape(layer.groups, layer.n, layer.m).mT
+            self._total += lacking.to(self._total).sum((0, 2, 3))
 
     def fit(self, ridge: float = RIDGE) -> Fit:
         """The least squares fit of t from s, by a ridge regression towards the layer's weight W.
@@ -69,11 +72,11 @@ class Pairs:
         mean, centred, count = moments.mean, moments.centred, max(1, moments.count)
         lacking = self._total.reshape(self.layer.groups, -1) / count
         cross = self._cross / count - mean.unsqueeze(2) * lacking.unsqueeze(1)
-        weight = self.layer.weight().double()
+        weight = self.layer.weight().to(centred)
         outputs = lacking + (mean.unsqueeze(1) @ weight).squeeze(1)
         amount = ridge * centred.diagonal(0, 1, 2).mean(-1)[:, None, None]
         amount = torch.where(amount > 0, amount, 1.0)  # where nothing varies there is nothing to fit, and W stays
-        identity = torch.eye(self.layer.m, dtype=torch.float64)
+        identity = torch.eye(self.layer.m).to(centred)
         matrix = weight + torch.linalg.solve(centred + amount * identity, cross)
         return Fit(self.layer, matrix, centred, mean, outputs)
 
@@ -99,7 +102,7 @@ class Sum:
 def residual(traced: Traced, node: fx.Node) -> Sum | None:
     """The sum that the output of ``node`` enters with at most its channels scaled; None where there is none."""
     behind = _behind(node)
-    scale = torch.ones(1)
+    scale = torch.ones(1, device=device_of(traced.network))
     while len(node.users) == 1:
         user = next(iter(node.users))
         added = user.op == "call_function" and user.target in (operator.add, operator.iadd, torch.add)
@@ -130,7 +133,7 @@ def _factor(traced: Traced, user: fx.Node, node: fx.Node) -> Tensor | None:
         if isinstance(module, nn.BatchNorm2d) and module.running_var is not None:
             scale = (module.running_var + module.eps).rsqrt()
             return scale * module.weight.detach() if module.affine else scale
-        return torch.ones(1) if isinstance(module, nn.Identity | nn.Dropout) else None
+        return torch.ones(1, device=device_of(traced.network)) if isinstance(module, nn.Identity | nn.Dropout) else None
     if user.op == "call_function" and user.target in (operator.mul, torch.mul):  # timm's LayerScale
         gains = [a for a in user.args if isinstance(a, fx.Node) and a is not node and a.op == "get_attr"]
         gain = traced.attribute(gains[0]) if gains else None
@@ -144,7 +147,7 @@ class Compensation:
     Args:
         network: the original, never changed.
         small: a copy of it, whose layers are being replaced from front to back.
-        images: calibration images, (N, C, H, W); no labels are used.
+        images: calibration inputs, (N, ...); no labels are used.
         memory: MiB that the values that flow into a layer may take.
         batch_size: images at a time.
     """

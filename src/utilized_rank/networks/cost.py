@@ -8,9 +8,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+
+from .batches import call
+from .devices import device_of, placed
 
 
 def parameters(network: nn.Module) -> int:
@@ -18,10 +21,10 @@ def parameters(network: nn.Module) -> int:
     return sum(p.numel() for p in network.parameters())
 
 
-def flops(network: nn.Module, image: Tensor) -> int:
-    """Floating point operations of one forward pass for one ``image`` (1, C, H, W), as :func:`flops_of` counts."""
+def flops(network: nn.Module, image: Any) -> int:
+    """Floating point operations of one forward pass for one ``image`` (1, ...), as :func:`flops_of` counts."""
     network.eval()
-    return flops_of(network, image)
+    return flops_of(lambda: call(network, placed(image, network)))
 
 
 @torch.no_grad()
@@ -43,21 +46,29 @@ def flops_of(run: Callable[..., Any], *inputs: Any) -> int:
 
 
 @torch.inference_mode()
-def latencies(modules: Sequence[nn.Module], inputs: Tensor, seconds: float = 0.2) -> list[float]:
+def latencies(modules: Sequence[nn.Module], inputs: Any, seconds: float = 0.2) -> list[float]:
     """The median time, in seconds, that each of ``modules`` takes for ``inputs``, on this machine at this moment.
 
-    They take turns, so that what else the machine does falls on all of them alike.
+    They take turns, so that what else the machine does falls on all of them alike. A device is waited for.
 
     Args:
         modules: in evaluation mode.
         inputs: what each is called with.
         seconds: how long to go on, for each; three turns at least.
     """
+    device = device_of(modules[0])
+    inputs = placed(inputs, modules[0])
     times: list[list[float]] = [[] for _ in modules]
     began = time.perf_counter()
     while len(times[0]) < 4 or time.perf_counter() - began < seconds * len(modules):
         for module, its in zip(modules, times, strict=True):
             start = time.perf_counter()
-            module(inputs)
+            call(module, inputs)
+            _wait(device)
             its.append(time.perf_counter() - start)
     return [statistics.median(its[1:]) for its in times]  # the first call sets things up
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -6,22 +6,26 @@ from contextlib import AbstractContextManager
 from typing import Literal
 
 Precision = Literal["auto", "float32", "bfloat16"]
-"""Of a network's arithmetic; ``auto`` is bfloat16 where the processor multiplies in it."""
+"""Of a network's arithmetic; ``auto`` is bfloat16 where the device multiplies in it."""
 
 
-def resolved(precision: Precision) -> Precision:
-    """The precision that is meant: ``auto`` is bfloat16 where the processor multiplies in it, float32 elsewhere."""
+def resolved(precision: Precision, device: str = "cpu") -> Precision:
+    """The precision that is meant on a type of device: ``auto`` is bfloat16 where it multiplies in it, else float32."""
     if precision != "auto":
         return precision
     import torch  # two seconds, and who only reads parameters needs none of it
 
-    able = torch.cpu.get_capabilities()
-    return "bfloat16" if any(able.get(way) for way in ("avx512_bf16", "amx_bf16", "bf16")) else "float32"
+    if device == "cuda":
+        able = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        its = torch.cpu.get_capabilities() if device == "cpu" else {}
+        able = any(its.get(way) for way in ("avx512_bf16", "amx_bf16", "bf16"))
+    return "bfloat16" if able else "float32"
 
 
-def autocast(precision: Precision) -> AbstractContextManager[None]:
-    """Autocast to ``precision`` where it is not float32."""
+def autocast(precision: Precision, device: str = "cpu") -> AbstractContextManager[None]:
+    """Autocast to ``precision`` on a type of device, where it is not float32."""
     import torch
 
-    dtype = getattr(torch, resolved(precision))
-    return torch.autocast("cpu", dtype=dtype, enabled=dtype is not torch.float32)
+    dtype = getattr(torch, resolved(precision, device))
+    return torch.autocast(device, dtype=dtype, enabled=dtype is not torch.float32)

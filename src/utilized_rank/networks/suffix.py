@@ -9,14 +9,18 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from inspect import signature
 from operator import attrgetter
 from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_map_only
 
 from .batches import Batches
 from .cost import flops_of
+from .devices import device_of, free_memory, placed
+from .evaluation import logits_of
 
 FEW = 4
 """Images that show whether a network can be run in parts."""
@@ -79,14 +83,26 @@ class Traced:
         # Parameters that the graph reads directly stay in the suffix: they cost nothing to read.
         return list(dict.fromkeys(s for s in sources if s not in suffix and s.op != "get_attr"))
 
-    def images(self) -> fx.Node:
-        """The node of the network's input."""
-        return next(n for n in cast(fx.Graph, self.graph).nodes if n.op == "placeholder")
+    def images(self) -> list[fx.Node]:
+        """The nodes of the network's inputs."""
+        return [n for n in cast(fx.Graph, self.graph).nodes if n.op == "placeholder"]
 
     def logits(self) -> fx.Node:
         """The node of the network's output."""
-        output = next(n for n in reversed(cast(fx.Graph, self.graph).nodes) if n.op == "output")
-        return cast(fx.Node, output.args[0])
+        given: Any = next(n for n in reversed(cast(fx.Graph, self.graph).nodes) if n.op == "output").args[0]
+        while not isinstance(given, fx.Node):  # as `logits_of` has it
+            given = next(iter(given.values() if isinstance(given, dict) else given))
+        return given
+
+    def arguments(self, batch: Any) -> Values:
+        """A batch as the network's arguments in their order, those that it leaves out at their defaults."""
+        named = signature(self.network.forward)
+        if isinstance(batch, dict):
+            bound = named.bind(**batch)
+        else:
+            bound = named.bind(*batch) if isinstance(batch, tuple | list) else named.bind(batch)
+        bound.apply_defaults()
+        return bound.args
 
     def between(self, sources: Sequence[fx.Node], targets: Sequence[fx.Node]) -> fx.GraphModule:
         """A function from the values of ``sources`` to those of ``targets``, by the network's own modules.
@@ -119,13 +135,15 @@ class Suffix:
 
     Args:
         traced: the network.
-        images: all of them, (N, C, H, W).
+        images: all inputs of the network, (N, ...).
         batches: which of them each batch has, int64 (B,).
-        budget: bytes that the kept values may take; batches over it are computed from the images.
+        budget: bytes of the processor's memory that the kept values may take, beside what is free on the network's
+            device; batches over it are computed from the images.
     """
 
     def __init__(self, traced: Traced, images: Batches, batches: Sequence[Tensor], budget: int) -> None:
         self.traced = traced
+        self.device = device_of(traced.network)
         self.images = images
         self.batches = batches
         self.budget = budget
@@ -144,19 +162,26 @@ class Suffix:
             self._keep_nothing()
             return
         images = self.traced.images()
-        forward = self.traced.between([*self.sources, images], frontier)
-        from_images = self.traced.between([images], frontier)
-        reads_images = bool([node for node in forward.graph.nodes if node.op == "placeholder"][-1].users)
-        left = self.budget
+        forward = self.traced.between([*self.sources, *images], frontier)
+        from_images = self.traced.between(images, frontier)
+        placeholders = [node for node in forward.graph.nodes if node.op == "placeholder"]
+        reads_images = any(node.users for node in placeholders[len(self.sources) :])
+        own, left = free_memory(self.device), self.budget
         for i, values in enumerate(self.kept):
             self.kept[i] = None
-            if left > 0:
+            if own > 0 or left > 0:
                 if values is None:
-                    moved = from_images(self._batch(i))
+                    moved = from_images(*self._batch(i))
                 else:
-                    moved = forward(*values, self._batch(i) if reads_images else None)
-                left -= sum(v.nbytes for v in moved if isinstance(v, Tensor))
-                self.kept[i] = moved if left >= 0 else None
+                    beside = self._batch(i) if reads_images else (None,) * len(images)
+                    moved = forward(*self._here(values), *beside)
+                size = sum(v.nbytes for v in moved if isinstance(v, Tensor))
+                if own >= size:
+                    own -= size
+                    self.kept[i] = moved
+                else:
+                    own, left = 0, left - size
+                    self.kept[i] = tree_map_only(Tensor, Tensor.cpu, moved) if left >= 0 else None
         self.sources = frontier
         self.run = self.traced.between(frontier, [self.traced.logits()])
         self.__dict__.pop("share", None)
@@ -170,26 +195,32 @@ class Suffix:
         if self.run is None or values is None:
             return 1.0
         kept = sum(value is not None for value in self.kept) / len(self.kept)
-        from_here = flops_of(self.run, *values) / max(1, flops_of(self.traced.network, self._first))
+        from_here = flops_of(self.run, *self._here(values)) / max(1, flops_of(self.traced.network, *self._first))
         return 1 - kept + kept * from_here
 
     def reader(self, nodes: Sequence[fx.Node]) -> Callable[[int], Values]:
         """From a batch's index to the values of ``nodes``, none of which lies behind the layer."""
         onward = self.traced.between(self.sources, nodes)
-        from_images = self.traced.between([self.traced.images()], nodes)
+        from_images = self.traced.between(self.traced.images(), nodes)
 
         def values(index: int) -> Values:
             kept = self.kept[index]
-            return cast(Values, from_images(self._batch(index)) if kept is None else onward(*kept))
+            return cast(Values, from_images(*self._batch(index)) if kept is None else onward(*self._here(kept)))
 
         return values
 
     @cached_property
-    def _first(self) -> Tensor:
+    def _first(self) -> Values:
         return self._batch(0)
 
-    def _batch(self, index: int) -> Tensor:
-        return self.images[self.batches[index]].contiguous(memory_format=torch.channels_last)
+    def _batch(self, index: int) -> Values:
+        """The network's arguments, as the graph takes them."""
+        batch = placed(self.images[self.batches[index]], self.traced.network)
+        return tuple(map(_channels_last, self.traced.arguments(batch)))
+
+    def _here(self, values: Values) -> Values:
+        """What was kept, on the network's device."""
+        return tree_map_only(Tensor, lambda v: v.to(self.device, non_blocking=True), values)
 
     def _keep_nothing(self) -> None:
         self.sources, self.kept, self.run = [], [None] * len(self.batches), None
@@ -200,11 +231,11 @@ class Suffix:
 
         An operation in place could spoil it.
         """
-        few = self._first[:FEW]
-        values = from_images(few)
+        few = tree_map_only(Tensor, lambda v: v[:FEW], self._first)
+        values = from_images(*few)
         before = [v.clone() for v in values if isinstance(v, Tensor)]
         logits = cast(Callable[..., Values], self.run)(*values)[0]
-        same = torch.allclose(logits, cast(Tensor, self.traced.network(few)), rtol=1e-4, atol=1e-4)
+        same = torch.allclose(logits, logits_of(self.traced.network(*few)), rtol=1e-4, atol=1e-4)
         after = [v for v in values if isinstance(v, Tensor)]
         return same and all(torch.equal(old, new) for old, new in zip(before, after, strict=True))
 
@@ -212,5 +243,12 @@ class Suffix:
         """The network's output for batch ``index``, (B, classes)."""
         values = self.kept[index]
         if self.run is None or values is None:
-            return cast(Tensor, self.traced.network(self._batch(index)))
-        return cast(Tensor, self.run(*values)[0])
+            return logits_of(self.traced.network(*self._batch(index)))
+        return cast(Tensor, self.run(*self._here(values))[0])
+
+
+def _channels_last(value: Any) -> Any:
+    """Images in the memory format in which convolutions are fastest."""
+    if isinstance(value, Tensor) and value.ndim == 4:
+        return value.contiguous(memory_format=torch.channels_last)
+    return value

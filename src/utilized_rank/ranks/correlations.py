@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight
 
+from ..networks.devices import sums_on
 from .layers import padding, places, positions
 
 TERMS = 2**14
@@ -132,17 +133,20 @@ class Correlations:
         height, width = _padded(module, height, width)
         self._sums: dict[Sort, Tensor | None] = dict.fromkeys(sorts(module, height, width))
         """For each sort of pixels, the products of two channels at each shift, float64, (C, C, down, across)."""
-        self._total = torch.zeros(height, width, module.in_channels, dtype=torch.float64)
+        self._sums_on = sums_on(module.weight.device)
+        self._total = torch.zeros(height, width, module.in_channels, dtype=torch.float64, device=self._sums_on)
 
     def add(self, inputs: Tensor) -> None:
         """Take in more images, (B, C, H, W)."""
         amounts, mode = padding(self.module)
+        if inputs.dtype not in (torch.float32, torch.float64):
+            inputs = inputs.float()
         if mode != "constant":
             inputs = F.pad(inputs, amounts, mode)
         self.count += len(inputs) * self._positions
         # As a matrix product, which is several times faster than a sum over images.
         flat = inputs.permute(0, 2, 3, 1).reshape(len(inputs), -1)
-        self._total += (flat.new_ones(1, len(flat)) @ flat).view_as(self._total)
+        self._total += (flat.new_ones(1, len(flat)) @ flat).view_as(self._total).to(self._sums_on)
         (tall, wide), (gap_y, gap_x) = self.module.kernel_size, self.module.dilation
         margin = gap_x * (wide - 1)
         beyond = F.pad(inputs, (margin, margin, 0, gap_y * (tall - 1)))
@@ -153,6 +157,7 @@ class Correlations:
                 beside = sort.columns.beyond(margin + gap_x * sort.across[0], margin + gap_x * sort.across[-1])
                 inside = images[:, :, sort.rows.inside(), sort.columns.inside()]
                 part = self._correlation(sort, inside, around[:, :, below, beside])
+                part = part.to(self._sums_on)
                 total = part.double() if total is None else total.add_(part)
             self._sums[sort] = total
 
@@ -173,7 +178,7 @@ class Correlations:
     def products(self) -> Tensor:
         """Sum of s^T s over all patches, float64, (m, m)."""
         channels, (tall, wide) = self.module.in_channels, self.module.kernel_size
-        result = torch.zeros(channels, tall, wide, channels, tall, wide, dtype=torch.float64)
+        result = self._total.new_zeros(channels, tall, wide, channels, tall, wide)
         for sort, total in self._sums.items():
             if total is None:
                 continue
@@ -190,7 +195,7 @@ class Correlations:
     def total(self) -> Tensor:
         """Sum of s over all patches, float64, (m,)."""
         tall, wide = self.module.kernel_size
-        result = torch.zeros(self.module.in_channels, tall, wide, dtype=torch.float64)
+        result = self._total.new_zeros(self.module.in_channels, tall, wide)
         for sort in self._sums:
             pixels = self._total[sort.rows.inside(), sort.columns.inside()].sum((0, 1))
             for a, b in product(sort.rows.offsets, sort.columns.offsets):

@@ -50,7 +50,7 @@ class Layer:
     def weight_from(self, matrix: Tensor) -> Tensor:
         """W (g, m, n) as the module stores it: its shape, type and memory format."""
         own = self.module.weight
-        stored = matrix.mT.reshape(own.shape).to(own.dtype)
+        stored = matrix.mT.reshape(own.shape).to(own)
         return own.detach().clone().copy_(stored)
 
     def rows(self, inputs: Tensor) -> Tensor:

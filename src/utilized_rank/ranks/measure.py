@@ -4,21 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
-from ..networks.batches import Batches
-from ..networks.precision import Precision, resolved
+from ..networks.batches import gathered
+from ..networks.evaluation import Labelled, Score
+from ..networks.precision import Precision
 from .layers import Layer, countable
 from .moments import Budget, Moments, input_moments
 from .projection import bases
 from .rank_search import Ranks, search, search_energy, search_utilized
 from .subspaces import Subspace
-from .trials import Trials
+from .trials import Scored, Trials, evaluations_table, trials
 
 Criterion = Literal["rank", "utilized", "energy"]
 """Search k_S and k_T each on its own; only the smaller of them; or one energy threshold for both."""
@@ -38,8 +39,10 @@ class Measurement:
     precision: str
     """Of the network's arithmetic in the rank search."""
     moments: dict[str, Moments]
-    search_images: int
-    search_correct: int
+    score: float
+    """Of the unaltered network on the search split: its accuracy in percent, or what the score gave."""
+    search_images: int | None
+    """None where the score is not of labels."""
 
     def mean_layer_utilization(self) -> dict[float, float]:
         """MLU at each epsilon: the mean of r / min(m, n) over the layers that count."""
@@ -48,9 +51,8 @@ class Measurement:
 
 def measure(
     network: nn.Module,
-    images: Batches,
-    labels: Tensor,
-    calibration: Batches,
+    score: Score,
+    calibration: Any,
     epsilons: Sequence[float],
     *,
     criterion: Criterion = "rank",
@@ -63,10 +65,9 @@ def measure(
 
     Args:
         network: in evaluation mode from now on.
-        images: of the search split, (N, C, H, W).
-        labels: theirs, int64 (N,).
-        calibration: the images that second moments are taken over.
-        epsilons: tolerated losses of accuracy on the search split, in percentage points.
+        score: inputs of the search split and their labels; or any function of a network, the higher the better.
+        calibration: the inputs that second moments are taken over, as :func:`networks.batches.gathered` takes them.
+        epsilons: tolerated losses of accuracy on the search split, in percentage points; or of the score, in its unit.
         criterion: which ranks are searched.
         precision: of the network's arithmetic in the search, the unaltered one's too.
         rows: that a layer's moment is taken over, as a multiple of its input width m; all where it is None.
@@ -76,42 +77,43 @@ def measure(
     Raises:
         FloatingPointError: a layer receives NaN or Inf.
     """
-    selection = countable(network)
+    selection, calibration = countable(network), gathered(calibration)
     budget = None if rows is None else Budget(rows, len(calibration))
     moments = input_moments(network, selection.layers, calibration.split(batch_size), budget)
     uncalled = {layer.name: UNCALLED for layer in selection.layers if not moments[layer.name].count}
     layers = [layer for layer in selection.layers if layer.name not in uncalled]
     moments = {layer.name: moments[layer.name] for layer in layers}
-    trials = Trials(network, images, labels, memory, precision)
+    verdicts = trials(network, score, memory, precision)
     found = []
     for layer in tqdm(layers, desc="rank search", unit="layer"):
         # No rank beyond min(m, n) is tried, but an energy threshold is a part of all eigenvalues.
         s, t = bases(layer, moments[layer.name], None if criterion == "energy" else layer.width)
         for epsilon in epsilons:
-            found.append(_row(layer, epsilon, layer_ranks(layer, s, t, trials, epsilon, criterion)))
+            found.append(_row(layer, epsilon, layer_ranks(layer, s, t, verdicts, epsilon, criterion)))
     return Measurement(
         # A side that was not asked for has no rank: a whole number all the same.
         pd.DataFrame(found).astype({"k_s_alone": "Int64", "k_t_alone": "Int64"}),
         selection.left_out | uncalled,
-        trials.table(),
-        resolved(precision),
+        evaluations_table(verdicts.evaluations),
+        verdicts.precision,
         moments,
-        len(labels),
-        trials.correct,
+        verdicts.score,
+        len(score) if isinstance(score, Labelled) else None,
     )
 
 
-def layer_ranks(layer: Layer, s: Subspace, t: Subspace, trials: Trials, epsilon: float, criterion: Criterion) -> Ranks:
+def layer_ranks(
+    layer: Layer, s: Subspace, t: Subspace, verdicts: Trials | Scored, epsilon: float, criterion: Criterion
+) -> Ranks:
     """The ranks of one layer at one tolerance; all 0 for a dead one (no input, or no output, ever)."""
     if float(t.values.sum()) == 0:
         return Ranks(0, 0, 0, 0, 0)
 
     def passes(k_s: int, k_t: int) -> bool:
-        return trials.passes(layer, s, t, k_s, k_t, epsilon)
+        return verdicts.passes(layer, s, t, k_s, k_t, epsilon)
 
-    def likely(k_s: int, k_t: int) -> bool:
-        return trials.likely(layer, s, t, k_s, k_t, epsilon)
-
+    guess = verdicts.likely
+    likely = None if guess is None else lambda k_s, k_t: guess(layer, s, t, k_s, k_t, epsilon)
     if criterion == "energy":
         return search_energy(passes, layer.m, layer.n, _over_groups(s), _over_groups(t), likely)
     if criterion == "utilized":

@@ -6,12 +6,16 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
-from typing import NoReturn
+from typing import Any, NoReturn
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .correlations import Correlations, pays
+from ..networks.batches import call, count
+from ..networks.devices import CPU, looks, placed, sums_on, truth
+from ..networks.evaluation import logits_of
+from .correlations import TERMS, Correlations, pays
 from .layers import Layer
 
 FEWEST = 128
@@ -32,16 +36,22 @@ class Moments:
     """Rows seen."""
 
     @classmethod
-    def zeros(cls, groups: int, m: int) -> Moments:
+    def zeros(cls, groups: int, m: int, device: torch.device = CPU) -> Moments:
         """Before any row."""
-        return cls(torch.zeros(groups, m, m, dtype=torch.float64), torch.zeros(groups, m, dtype=torch.float64))
+        total = torch.zeros(groups, m, dtype=torch.float64, device=device)
+        return cls(total.new_zeros(groups, m, m), total)
 
     def add(self, rows: Tensor) -> None:
-        """Take in more rows, (g, N, m)."""
-        rows = rows.double()
-        self.products.baddbmm_(rows.mT, rows)
-        self.total += rows.sum(1)
+        """Take in more rows, (g, N, m): products in float64, on another device than the processor in float32."""
         self.count += rows.shape[1]
+        if rows.device.type == "cpu":
+            rows = rows.double()
+            self.products.baddbmm_(rows.mT, rows)
+            self.total += rows.sum(1)
+            return
+        for some in rows.float().split(TERMS, 1):
+            self.products += (some.mT @ some).to(self.products.device)
+            self.total += some.sum(1).to(self.total.device)
 
     def __iadd__(self, other: Moments) -> Moments:
         """Take in all rows of another sum."""
@@ -85,7 +95,7 @@ class Stream:
     """Takes in what flows into one layer, or images evenly spread over it until a budget of rows is met.
 
     Patches that overlap go through :mod:`utilized_rank.ranks.correlations`, which multiplies no two pixels twice, in
-    their own precision; other rows are multiplied in float64.
+    their own precision; other rows are multiplied in float64 (on another device than the processor, in float32).
     """
 
     def __init__(self, layer: Layer, budget: Budget | None) -> None:
@@ -103,9 +113,9 @@ class Stream:
         if share == 1:
             self._take(inputs)
             return
-        places = (torch.arange(self._came, self._came + len(inputs) + 1).double() * share + 1e-6).floor()
+        places = np.floor(np.arange(self._came, self._came + len(inputs) + 1) * share + 1e-6)
         self._came += len(inputs)
-        if (chosen := places[1:] > places[:-1]).any():
+        if chosen := np.flatnonzero(places[1:] > places[:-1]).tolist():
             self._waiting.append(inputs[chosen])
         if sum(map(len, self._waiting)) >= TOGETHER:
             self._take_waiting()
@@ -121,7 +131,7 @@ class Stream:
         correlations = self._correlations(inputs)
         if correlations is None:
             if self._rows is None:
-                self._rows = Moments.zeros(self.layer.groups, self.layer.m)
+                self._rows = Moments.zeros(self.layer.groups, self.layer.m, sums_on(inputs.device))
             self._rows.add(self.layer.rows(inputs))
         else:
             correlations.add(inputs)
@@ -138,7 +148,7 @@ class Stream:
     def moments(self) -> Moments:
         """Of all that came so far."""
         self._take_waiting()
-        whole = Moments.zeros(self.layer.groups, self.layer.m)
+        whole = Moments.zeros(self.layer.groups, self.layer.m, sums_on(self.layer.module.weight.device))
         for sums in [self._rows, *self._by_size.values()]:
             if isinstance(sums, Correlations):
                 whole += Moments(sums.products()[None], sums.total()[None], sums.count)
@@ -149,9 +159,9 @@ class Stream:
 
 @torch.inference_mode()
 def input_moments(
-    network: nn.Module, layers: list[Layer], batches: Iterable[Tensor], budget: Budget | None = None
+    network: nn.Module, layers: list[Layer], batches: Iterable[Any], budget: Budget | None = None
 ) -> dict[str, Moments]:
-    """The moments of every layer's inputs, in one pass over ``batches`` of images (B, C, H, W).
+    """The moments of every layer's inputs, in one pass over ``batches`` of inputs (B, ...).
 
     A layer that is called more than once in a pass (shared weights) adds up over its calls. Without a
     ``budget`` every row counts.
@@ -161,21 +171,32 @@ def input_moments(
     """
     network.eval()
     streams = {layer.name: Stream(layer, budget) for layer in layers}
+    waiting: list[tuple[Any, Tensor]] = []  # batches whose outputs have not been looked at
     for batch in batches:
-        with _watching(streams, len(batch)):
-            outputs = network(batch)
-        if layers and not torch.isfinite(outputs).all():
-            _refuse(network, layers, batch)
+        batch = placed(batch, network)
+        with _watching(streams, count(batch)):
+            outputs = logits_of(call(network, batch))
+        waiting.append((batch, torch.isfinite(outputs).all()))
+        if len(waiting) >= looks(outputs.device):
+            _look(network, layers, waiting)
+    _look(network, layers, waiting)
     moments = {name: stream.moments() for name, stream in streams.items()}
     _check(moments)
     return moments
 
 
-def _refuse(network: nn.Module, layers: list[Layer], batch: Tensor) -> NoReturn:
+def _look(network: nn.Module, layers: list[Layer], waiting: list[tuple[Any, Tensor]]) -> None:
+    """Whether what came of some batches is finite, at once; they wait no longer."""
+    if layers and waiting and not truth(torch.stack([finite for _, finite in waiting]).all()):
+        _refuse(network, layers, next(batch for batch, finite in waiting if not finite))
+    waiting.clear()
+
+
+def _refuse(network: nn.Module, layers: list[Layer], batch: Any) -> NoReturn:
     """Name the first layer that receives what is not finite in this batch, or the last layer, which gives it."""
     streams = {layer.name: Stream(layer, None) for layer in layers}
-    with _watching(streams, len(batch)):
-        network(batch)
+    with _watching(streams, count(batch)):
+        call(network, batch)
     _check({name: stream.moments() for name, stream in streams.items()})
     raise FloatingPointError(f"layer {layers[-1].name} gave values that are not finite (NaN or Inf)")
 
@@ -183,7 +204,8 @@ def _refuse(network: nn.Module, layers: list[Layer], batch: Tensor) -> NoReturn:
 def _check(moments: dict[str, Moments]) -> None:
     for name, moment in moments.items():
         # What is not finite shows in its own square and in the total.
-        if not torch.isfinite(moment.total).all() or not torch.isfinite(moment.products.diagonal(0, 1, 2)).all():
+        whole = torch.isfinite(moment.total).all() & torch.isfinite(moment.products.diagonal(0, 1, 2)).all()
+        if not truth(whole):
             raise FloatingPointError(f"layer {name} received values that are not finite (NaN or Inf)")
 
 

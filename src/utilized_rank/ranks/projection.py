@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 
 from .layers import Layer
@@ -30,7 +31,7 @@ def projected(weight: Tensor, inputs: Subspace, outputs: Subspace, k_s: int, k_t
         k_s: dimensions kept of the inputs.
         k_t: dimensions kept of the outputs.
     """
-    result = weight.double()
+    result = weight.to(inputs.vectors.device, torch.float64)
     if k_s < weight.shape[-2]:
         basis = inputs.top(k_s)  # (g, m, k_s)
         result = basis @ (basis.mT @ result)
@@ -51,7 +52,7 @@ def replaced(weights: dict[Layer, Tensor], biases: dict[Layer, Tensor] | None = 
         for layer, matrix in weights.items():
             layer.module.weight = nn.Parameter(layer.weight_from(matrix), requires_grad=False)
         for layer, bias in (biases or {}).items():
-            layer.module.bias = nn.Parameter(bias.to(layer.module.weight.dtype), requires_grad=False)
+            layer.module.bias = nn.Parameter(bias.to(layer.module.weight), requires_grad=False)
         yield
     finally:
         for layer, (weight, own) in originals.items():

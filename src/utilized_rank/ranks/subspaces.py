@@ -1,7 +1,7 @@
 """Principal subspaces of second moments, and how many of their dimensions carry the energy.
 
-Pure linear algebra in float64: no network, no images, no files. Matrices may have leading
-dimensions (the groups of a layer).
+Pure linear algebra in float64, on the device of what is given: no network, no images, no files. Matrices may have
+leading dimensions (the groups of a layer).
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from ..networks.devices import solver, truth
 
 
 @dataclass(frozen=True)
@@ -44,17 +46,18 @@ def principal(moment: Tensor, dimensions: int | None = None) -> Subspace:
     Signs are fixed (the largest component of each vector is positive), so that equal inputs give
     equal bases.
     """
-    moment = moment.double()
+    home, order = moment.device, moment.shape[-1]
+    moment = moment.to(solver(home, order), torch.float64)
     moment = (moment + moment.mT) / 2
-    order = moment.shape[-1]
-    if dimensions is not None and order >= LARGE and FEW * dimensions <= order and moment.any():
+    if dimensions is not None and order >= LARGE and FEW * dimensions <= order and truth(moment.any()):
         pairs = [leading(matrix, dimensions) for matrix in moment.reshape(-1, order, order)]
         values = torch.stack([values for values, _ in pairs]).reshape(*moment.shape[:-2], dimensions)
         vectors = torch.stack([vectors for _, vectors in pairs]).reshape(*moment.shape[:-1], dimensions)
     else:
         values, vectors = _top(moment, dimensions)
     largest = vectors.gather(-2, vectors.abs().argmax(-2, keepdim=True))
-    return Subspace(values.clamp_min(0), vectors * torch.where(largest < 0, -1.0, 1.0))
+    vectors = vectors * torch.where(largest < 0, -1.0, 1.0)
+    return Subspace(values.clamp_min(0).to(home), vectors.to(home))
 
 
 def leading(matrix: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -66,10 +69,10 @@ def leading(matrix: Tensor, k: int) -> tuple[Tensor, Tensor]:
     does not converge within m / 2 vectors, or missed some (more equal eigenvalues than a block has rows).
     """
     size, most = max(1, k // 8), len(matrix) // 2
-    basis = torch.empty(most + size, len(matrix), dtype=matrix.dtype)  # a row is a vector: faster than a column
-    small = torch.zeros(most, most, dtype=matrix.dtype)
+    basis = matrix.new_empty(most + size, len(matrix))  # a row is a vector: faster than a column
+    small = matrix.new_zeros(most, most)
     generator = torch.Generator().manual_seed(0)
-    block = torch.randn(size, len(matrix), generator=generator, dtype=matrix.dtype)
+    block = torch.randn(size, len(matrix), generator=generator, dtype=matrix.dtype).to(matrix.device)
     for _ in range(2):  # towards the top before it begins
         block = block @ matrix
         block /= block.norm().clamp_min(1e-300)
@@ -113,7 +116,7 @@ def _top(matrix: Tensor, k: int | None) -> tuple[Tensor, Tensor]:
 def _largest_beside(matrix: Tensor, found: Tensor, size: int) -> Tensor:
     """The largest eigenvalue (from below) that ``matrix`` has beside the eigenvectors ``found``, its rows."""
     generator = torch.Generator().manual_seed(1)
-    block = torch.randn(size, len(matrix), generator=generator, dtype=matrix.dtype)
+    block = torch.randn(size, len(matrix), generator=generator, dtype=matrix.dtype).to(matrix.device)
     for _ in range(3):
         block = block - (block @ found.mT) @ found
         block = _orthonormal(block @ matrix)[0]
@@ -129,7 +132,7 @@ def _orthonormal(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 def output_moment(moment: Tensor, weight: Tensor) -> Tensor:
     """C_T = W^T C_S W, (..., n, n), from C_S (..., m, m) and W (..., m, n): never stored, always derived."""
-    weight = weight.double()
+    weight = weight.to(moment.device, torch.float64)
     return weight.mT @ moment @ weight
 
 

@@ -1,7 +1,7 @@
-"""Verdicts on projected layers: is the network still accurate enough on the search split?
+"""Verdicts on projected layers: is the network still good enough on the search split?
 
-The images that are closest to another class come first, and a trial stops as soon as those that remain
-cannot change its verdict, which is therefore that of the whole split.
+A score may be any function of a network. Of labelled images, those that are closest to another class come first,
+and a trial stops as soon as the ones that remain cannot change its verdict, which is therefore that of the whole split.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from ..networks.batches import Batches
-from ..networks.evaluation import outputs
+from ..networks.devices import device_of, looks
+from ..networks.evaluation import Labelled, Score, outputs
 from ..networks.precision import Precision, autocast, resolved
 from ..networks.suffix import Suffix, Traced
 from .layers import Layer
@@ -50,7 +50,7 @@ class Evaluation:
     certified: bool
     """Whether the verdict of the whole split was asked for, or a guess from its probe."""
     images: int
-    """Looked at for it, beyond those known from earlier questions on the same ranks."""
+    """Looked at for it, beyond those known from earlier questions on the same ranks; 0 for a score without labels."""
     passes: bool
     """The verdict."""
     forwards: float
@@ -63,8 +63,7 @@ class Trials:
 
     Args:
         network: in evaluation mode from now on.
-        inputs: the normalised images of the search split, (N, C, H, W).
-        labels: int64 (N,).
+        search: inputs of the search split, and their labels.
         memory: MiB that intermediate values of the network may take.
         precision: of the network's arithmetic, the unaltered one's too.
         batch_size: images looked at before the next check whether the verdict is certain.
@@ -73,21 +72,23 @@ class Trials:
     def __init__(
         self,
         network: nn.Module,
-        inputs: Batches,
-        labels: Tensor,
+        search: Labelled,
         memory: int,
         precision: Precision = "float32",
         batch_size: int = 64,
     ) -> None:
-        self.precision = resolved(precision)
-        with autocast(self.precision):
-            logits = outputs(network, inputs, batch_size)
+        device = device_of(network)
+        self._device, self._looks = device.type, looks(device)
+        self.precision = resolved(precision, device.type)
+        with autocast(self.precision, device.type):
+            logits = outputs(network, search.inputs, batch_size)
+        labels = search.labels.to(device)
         order = _order(_margin(logits, labels))
         self.images = len(labels)
         self._labels = labels[order].split(batch_size)
         right = (logits.argmax(1) == labels)[order].split(batch_size)
-        self._right_before = [0, *accumulate(int(batch.sum()) for batch in right)]
-        self._suffix = Suffix(Traced(network), inputs, order.split(batch_size), memory * 2**20)
+        self._right_before = [0, *accumulate(torch.stack([batch.sum() for batch in right]).tolist())]
+        self._suffix = Suffix(Traced(network), search.inputs, order.cpu().split(batch_size), memory * 2**20)
         self._layer: Layer | None = None
         self._share = 1.0
         self.correct = self._right_before[-1]
@@ -145,22 +146,82 @@ class Trials:
     def _turn_to(self, layer: Layer) -> None:
         if self._layer != layer:
             self._layer = layer
-            with autocast(self.precision):
+            with autocast(self.precision, self._device):
                 self._suffix.move_to(layer.name)
                 self._share = self._suffix.share
 
     @torch.inference_mode()
     def _look(self, trial: Trial) -> None:
-        with autocast(self.precision):
-            logits, labels = self._suffix.logits(trial.batches), self._labels[trial.batches]
-        trial.correct += int((logits.argmax(1) == labels).sum())
-        trial.images += len(labels)
-        trial.batches += 1
+        """Look at the next batches, as many as come before the device is asked."""
+        some = range(trial.batches, min(trial.batches + self._looks, len(self._labels)))
+        with autocast(self.precision, self._device):
+            right = [(self._suffix.logits(i).argmax(1) == self._labels[i]).sum() for i in some]
+        trial.correct += int(torch.stack(right).sum())
+        trial.images += sum(len(self._labels[i]) for i in some)
+        trial.batches = some.stop
 
-    def table(self) -> pd.DataFrame:
-        """Every evaluation, one row each, columns as in :class:`Evaluation`."""
-        columns = [field.name for field in fields(Evaluation)]
-        return pd.DataFrame([asdict(evaluation) for evaluation in self.evaluations], columns=columns)
+    @property
+    def score(self) -> float:
+        """The accuracy of the unaltered network, in percent."""
+        return 100 * self.correct / self.images
+
+
+class Scored:
+    """All trials on one network and any score of it: each is evaluated whole, and none is guessed.
+
+    Args:
+        network: in evaluation mode from now on.
+        score: the higher the better.
+        precision: of the network's arithmetic, the unaltered one's too.
+    """
+
+    likely = None
+    """No part of a score tells the whole."""
+
+    def __init__(self, network: nn.Module, score: Score, precision: Precision = "float32") -> None:
+        self.network = network.eval()
+        self._score = score
+        self._device = device_of(network).type
+        self.precision = resolved(precision, self._device)
+        self._found: dict[tuple[str, int, int], float] = {}
+        self.evaluations: list[Evaluation] = []
+        """Every question that the network was evaluated for, in order."""
+        self.score = self._now()
+        """Of the unaltered network."""
+
+    @torch.inference_mode()
+    def _now(self) -> float:
+        with autocast(self.precision, self._device):
+            return float(self._score(self.network))
+
+    def passes(self, layer: Layer, s: Subspace, t: Subspace, k_s: int, k_t: int, epsilon: float) -> bool:
+        """Whether the score stays within ``epsilon`` with W' = P_S W P_T in ``layer``."""
+        if (k_s, k_t) == (layer.m, layer.n):
+            return True
+        key = (layer.name, k_s, k_t)
+        known, began = key in self._found, time.perf_counter()
+        if not known:
+            with replaced({layer: projected(layer.weight(), s, t, k_s, k_t)}):
+                self._found[key] = self._now()
+        # What is no number fails: NaN is not greater than anything.
+        verdict = self._found[key] >= self.score - epsilon - 1e-9
+        if not known:
+            seconds = time.perf_counter() - began
+            self.evaluations.append(Evaluation(layer.name, epsilon, k_s, k_t, True, 0, verdict, 1.0, seconds))
+        return verdict
+
+
+def trials(network: nn.Module, score: Score, memory: int, precision: Precision) -> Trials | Scored:
+    """All trials on one network: of labels, with an exact early stop; of any other score, evaluated whole."""
+    if isinstance(score, Labelled):
+        return Trials(network, score, memory, precision)
+    return Scored(network, score, precision)
+
+
+def evaluations_table(evaluations: list[Evaluation]) -> pd.DataFrame:
+    """Every evaluation, one row each, columns as in :class:`Evaluation`."""
+    columns = [field.name for field in fields(Evaluation)]
+    return pd.DataFrame([asdict(evaluation) for evaluation in evaluations], columns=columns)
 
 
 def _margin(logits: Tensor, labels: Tensor) -> Tensor:

@@ -1,242 +1,95 @@
-"""Beyond the paper: one network at every choice of ranks, with every kind of low-rank weights."""
+"""Beyond the paper: what a study asks of one network, at every choice of ranks and kind of weights."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
-from dataclasses import replace
-from functools import cached_property
 from typing import Any
 
 import pandas as pd
-import torch
 from torch import nn
 
 from ..base.sections import StudyError
-from ..compression.compensation import Compensation
-from ..compression.lowrank import (
-    FORMS,
-    Factors,
-    Fit,
-    Target,
-    factorized,
-    form_of,
-    outputs_kept,
-    projection,
-    restructure,
-    substitute,
-    weight_kept,
-    weights_a_rank,
-)
-from ..compression.policies import (
-    COSTS,
-    LOSSES,
-    Budgets,
-    Candidate,
-    Choices,
-    Costs,
-    Cumulative,
-    Joint,
-    Losses,
-    candidates,
-    independent,
-    joint,
-)
+from ..compression.compressor import Compression
+from ..compression.costs import Choices
+from ..compression.lowrank import weights_a_rank
+from ..compression.pairs import restructure
+from ..compression.policies import Joint
 from ..datasets.data import Dataset
 from ..networks.attention import explicit
-from ..networks.evaluation import is_correct, received
-from ..ranks.layers import Layer, countable
+from ..networks.evaluation import Labelled
+from ..ranks.layers import Layer
 from ..ranks.moments import Moments
-from ..ranks.projection import bases
 from ..study.sections import Frontier, Policy
 from ..study.tolerances import check_resolution
 from ..training import models
 from ..training.sections import Model
-from .decompose import Decomposed
 
 
-class Compression:
-    """The low-rank networks of one measured network.
+def compression(
+    network: nn.Module, moments: dict[str, Moments], dataset: Dataset, asked: Frontier, memory: int
+) -> Compression:
+    """The low-rank networks of one measured network, as a study asks for them.
 
     Args:
         network: never changed.
-        ranks: its utilized ranks, as in ``Measurement.layers``.
         moments: of the inputs of its layers.
         dataset: its calibration images and its search split.
-        parameters: what is built, and how.
+        asked: what is built, and how.
         memory: MiB that the values that flow into a layer may take.
     """
+    return Compression(
+        network,
+        moments,
+        dataset.inputs("train", asked.images),
+        Labelled(dataset.inputs("search"), dataset.labels("search")),
+        asked.forms,
+        asked.losses,
+        dataset.inputs("train", asked.loss_images),
+        asked.latency_images,
+        memory,
+    )
 
-    def __init__(
-        self,
-        network: nn.Module,
-        ranks: pd.DataFrame,
-        moments: dict[str, Moments],
-        dataset: Dataset,
-        parameters: Frontier,
-        memory: int = 2048,
-    ) -> None:
-        self.network = network.eval()
-        self.ranks = ranks
-        self.moments = moments
-        self.dataset = dataset
-        self.parameters = parameters
-        self.memory = memory
-        self.images = dataset.inputs("train", parameters.images)
-        found = [layer for layer in countable(network).layers if layer.name in moments]
-        self.layers = {layer.name: layer for layer in in_call_order(network, found, self.images[:1])}
-        self.boundaries: dict[str, Joint] = {}
-        """What joint searches found, by the name of the policy."""
-        self._known: dict[str, Costs] = {}
-        self._budgets: dict[str, Budgets] = {}
-        self._spent: dict[tuple[str, float], Choices] = {}
 
-    def choices(self, policy: Policy) -> Choices:
-        """The form and rank of each layer that ``policy`` puts in two.
+def choices(made: Compression, policy: Policy, ranks: pd.DataFrame) -> Choices:
+    """The form and rank of each layer that ``policy`` puts in two.
 
-        Raises:
-            StudyError: a budget that not even the smallest network keeps, or a tolerance finer than one image.
-        """
-        if policy.budget is not None:
-            budgets = self.budgets(policy.kind)
-            try:
-                return budgets.within(int(policy.amount * budgets.network))
-            except ValueError as error:
-                raise StudyError(str(error)) from None
-        if policy.search == "independent":
-            found = self._found(policy)
-            ranks = {n: max(1, min(int(found.r[n]), layer.width)) for n, layer in self.layers.items()}
-            return independent(ranks, self._candidates, self._costs("flops"))
-        where = f"the frontier's {policy.name}"
-        check_resolution(len(self.dataset.labels("search")), [policy.amount], where)
-        if policy.search == "cumulative":
-            return self.cumulative(policy.weights, policy.amount)
-        self.boundaries[policy.name] = self.joint(policy.weights, policy.amount)
-        return self.boundaries[policy.name].choices
+    Args:
+        made: of the network.
+        policy: how ranks are chosen.
+        ranks: the network's utilized ranks, as in ``Measurement.layers``.
 
-    def dimensions(self, policy: Policy) -> dict[str, tuple[int, int]]:
-        """k_S and k_T of P_S W P_T, where ``policy`` says more of them than the rank."""
-        if policy.search != "independent":
-            return {}
-        found = self._found(policy)
-        return {name: (int(found.k_s[name]), int(found.k_t[name])) for name in self.layers}
+    Raises:
+        StudyError: a budget that not even the smallest network keeps, or a tolerance finer than one image.
+    """
+    if policy.budget is not None:
+        try:
+            return made.within(policy.kind, policy.amount)
+        except ValueError as error:
+            raise StudyError(str(error)) from None
+    if policy.search == "independent":
+        found = _found(policy, ranks)
+        return made.independent({name: int(found.r[name]) for name in made.layers})
+    if isinstance(made.score, Labelled):
+        check_resolution(len(made.score), [policy.amount], f"the frontier's {policy.name}")
+    if policy.search == "cumulative":
+        return made.cumulative(policy.weights, policy.amount)
+    return made.joint(policy.weights, policy.amount).choices
 
-    def _found(self, policy: Policy) -> pd.DataFrame:
-        return self.ranks[self.ranks.epsilon == policy.amount].set_index("layer")
 
-    def budgets(self, kind: str) -> Budgets:
-        """The best choices for every budget of one kind (see ``policies.COSTS``)."""
-        if kind not in self._budgets:
-            self._budgets[kind] = Budgets(self._candidates, self._costs(kind), self._losses)
-        return self._budgets[kind]
+def dimensions(made: Compression, policy: Policy, ranks: pd.DataFrame) -> dict[str, tuple[int, int]]:
+    """k_S and k_T of P_S W P_T, where ``policy`` says more of them than the rank; arguments as of :func:`choices`."""
+    if policy.search != "independent":
+        return {}
+    found = _found(policy, ranks)
+    return {name: (int(found.k_s[name]), int(found.k_t[name])) for name in made.layers}
 
-    def joint(self, method: str, epsilon: float) -> Joint:
-        """The smallest network by ``method`` within ``epsilon`` points on the search split, all layers replaced.
 
-        Of those on the path of all budgets of parameters, and of the one that a cumulative search finds.
-        """
-        inputs, labels = self.dataset.inputs("search"), self.dataset.labels("search")
-        needed = int(is_correct(self.network, inputs, labels).sum()) - epsilon / 100 * len(labels) - 1e-9
+def _found(policy: Policy, ranks: pd.DataFrame) -> pd.DataFrame:
+    return ranks[ranks.epsilon == policy.amount].set_index("layer")
 
-        def passes(choices: Choices) -> bool:
-            return int(is_correct(self.build(method, choices).network, inputs, labels).sum()) >= needed
 
-        budgets = self.budgets("params")
-        found = joint(budgets, passes)
-        if method == "projection":  # which a cumulative search cannot cut
-            return found
-        other = self.cumulative(method, epsilon)
-        if budgets.cost(other) < budgets.cost(found.choices) and passes(other):
-            return replace(found, choices=other, cumulative=budgets.cost(other))
-        return found
-
-    def build(self, method: str, choices: Choices, dimensions: dict[str, tuple[int, int]] | None = None) -> Decomposed:
-        """A copy of the network with layers in two, with the weights of ``method``.
-
-        Args:
-            method: one of ``Method``.
-            choices: the form and rank of each layer that is put in two.
-            dimensions: k_S and k_T of P_S W P_T; of a layer that is not in it both are its rank.
-        """
-
-        def cut(fit: Fit) -> Factors:
-            form, rank = choices[fit.layer.name]
-            return FORMS[form](fit).factors(rank)
-
-        held = {name: (rank, rank) for name, (_, rank) in choices.items()} | (dimensions or {})
-        return self._in_turn(copy.deepcopy(self.network), method, {name: held[name] for name in choices}, cut)
-
-    def cumulative(self, method: str, epsilon: float) -> Choices:
-        """Ranks that spend ``epsilon`` points on the search split front to back, with the weights of ``method``."""
-        if (method, epsilon) not in self._spent:
-            self._spent[method, epsilon] = self._spend(method, epsilon)
-        return self._spent[method, epsilon]
-
-    def _spend(self, method: str, epsilon: float) -> Choices:
-        inputs, labels = self.dataset.inputs("search"), self.dataset.labels("search")
-        small = copy.deepcopy(self.network)
-        layers, flops = list(self.layers.values()), self._costs("flops")
-        search = Cumulative(small, layers, list(self.parameters.forms), flops, inputs, labels, epsilon, self.memory)
-        whole = {layer.name: (layer.m, layer.n) for layer in layers}
-        made = self._in_turn(small, method, whole, search.choose)
-        return {name: (form, rank) for name, (form, rank, _) in made.forms.items()}
-
-    def _in_turn(
-        self,
-        small: nn.Module,
-        method: str,
-        dimensions: dict[str, tuple[int, int]],
-        choose: Callable[[Fit], Factors | None],
-    ) -> Decomposed:
-        """Replace layers of ``small``, a copy of the network, in the order of calls.
-
-        Args:
-            small: changed in place.
-            method: of the fits.
-            dimensions: k_S and k_T, of the layers that may be replaced.
-            choose: what replaces a layer; None where it stays whole.
-        """
-        fit = self._fits(method, small, dimensions)
-        forms = {}
-        for name, layer in self.layers.items():
-            factors = choose(fit(layer)) if name in dimensions else None
-            if factors is not None:
-                two = factorized(layer, factors).eval()
-                substitute(small, {name: two})
-                forms[name] = form_of(two, factors)
-        return Decomposed(small, forms)
-
-    def _fits(self, method: str, small: nn.Module, dimensions: dict[str, tuple[int, int]]) -> Callable[[Layer], Fit]:
-        """How ``method`` fits a layer; arguments as in :meth:`_in_turn`."""
-        if method == "compensated":
-            return Compensation(self.network, small, self.images, self.memory).fit
-        if method == "projection":
-            return lambda layer: projection(self._target(layer, *dimensions[layer.name]))
-        return {"optimal": self._outputs_kept, "svd": weight_kept}[method]
-
-    def _target(self, layer: Layer, k_s: int, k_t: int) -> Target:
-        its = self.moments[layer.name]
-        k_s, k_t = min(k_s, layer.m), min(k_t, layer.n)
-        return Target(layer, its, *bases(layer, its, k_s if k_s < layer.m else 1), k_s, k_t)
-
-    @cached_property
-    def _candidates(self) -> list[Candidate]:
-        """The layers, and how well each form and rank of them keeps its own outputs."""
-        return candidates(map(self._outputs_kept, self.layers.values()), list(self.parameters.forms))
-
-    def _outputs_kept(self, layer: Layer) -> Fit:
-        return outputs_kept(layer, self.moments[layer.name])
-
-    @cached_property
-    def _losses(self) -> Losses:
-        images = self.dataset.inputs("train", self.parameters.loss_images)
-        return LOSSES[self.parameters.losses](self.network, self._candidates, images, self.memory)
-
-    def _costs(self, kind: str) -> Costs:
-        if kind not in self._known:
-            images = self.images[: self.parameters.latency_images]
-            self._known[kind] = COSTS[kind](self.network, self._candidates, images)
-        return self._known[kind]
+def boundaries(made: Compression, policies: list[Policy]) -> dict[str, Joint]:
+    """What joint searches found, by the name of the policy."""
+    return {policy.name: made.joint(policy.weights, policy.amount) for policy in policies if policy.search == "joint"}
 
 
 def untrained(
@@ -254,12 +107,6 @@ def untrained(
     network = explicit(models.build(model, shape, classes), split)
     restructure(network, forms)
     return network
-
-
-def in_call_order(network: nn.Module, layers: list[Layer], image: torch.Tensor) -> list[Layer]:
-    """The layers in the order of their first calls for ``image`` (1, C, H, W); those never called are left out."""
-    of: dict[nn.Module, Layer] = {layer.module: layer for layer in layers}
-    return [of[module] for module in dict.fromkeys(module for module, _ in received(network, of, image))]
 
 
 def boundaries_table(boundaries: dict[str, Joint], parameters: int) -> pd.DataFrame:

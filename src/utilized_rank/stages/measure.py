@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from ..datasets.data import Dataset
+from ..networks.evaluation import Labelled
 from ..ranks import measure as library
 from ..ranks.measure import Measurement
 from ..study.sections import Measure
@@ -21,5 +22,5 @@ def measure(network: nn.Module, dataset: Dataset, parameters: Measure) -> Measur
     check_resolution(len(dataset.splits["search"]), parameters.epsilons)
     how = parameters.model_dump(exclude={"calibration_images", "epsilons", "qkv"})
     calibration = dataset.inputs("train", parameters.calibration_images)
-    search, labels = dataset.inputs("search"), dataset.labels("search")
-    return library.measure(network, search, labels, calibration, parameters.epsilons, **how)
+    search = Labelled(dataset.inputs("search"), dataset.labels("search"))
+    return library.measure(network, search, calibration, parameters.epsilons, **how)
