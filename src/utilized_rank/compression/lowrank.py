@@ -13,6 +13,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
+from ..networks.plain import ASKED
 from ..ranks.layers import Layer, Weighted
 from ..ranks.moments import Moments
 from ..ranks.projection import projected
@@ -241,13 +242,6 @@ def _tails(energies: Tensor) -> Tensor:
 def right_singular(matrix: Tensor) -> Tensor:
     """Right singular vectors of (g, m, n) as columns, by descending singular value, (g, n, min(m, n))."""
     return torch.linalg.svd(matrix, full_matrices=False).Vh.mT
-
-
-ASKED = (
-    *("in_features", "out_features", "in_channels", "out_channels", "kernel_size", "stride"),
-    *("padding", "dilation", "groups", "padding_mode"),
-)
-"""What the code of a network may ask of its layers, beside their weights."""
 
 
 class Pair(nn.Sequential):
