@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 
 Batch = Tensor | tuple[Any, ...] | dict[str, Any]
 """What a network is called with: one argument, several, or several by name."""
-Pair = tuple[int, int]
+Sides = tuple[int, int]
 """Along the height and the width of an image."""
 Amounts = tuple[int, int, int, int]
 """Pixels of padding: left, right, top, bottom (they may be negative)."""
@@ -48,7 +48,7 @@ def same_amounts(size: int, kernel: int, stride: int, dilation: int) -> tuple[in
     return total // 2, total - total // 2
 
 
-def same_padded(x: Tensor, kernel: Pair, stride: Pair, dilation: Pair) -> Tensor:
+def same_padded(x: Tensor, kernel: Sides, stride: Sides, dilation: Sides) -> Tensor:
     """(B, C, H, W) with zeros around it, by :func:`same_amounts`."""
     down, across = (same_amounts(x.shape[i - 2], kernel[i], stride[i], dilation[i]) for i in (0, 1))
     return F.pad(x, (*across, *down))
@@ -60,7 +60,7 @@ fx.wrap("same_padded")  # it depends on the size: one node of a graph
 class SamePad(nn.Module):
     """Pads images (B, C, H, W) as TensorFlow does for a convolution, by amounts that depend on their size."""
 
-    def __init__(self, kernel: Pair, stride: Pair, dilation: Pair) -> None:
+    def __init__(self, kernel: Sides, stride: Sides, dilation: Sides) -> None:
         super().__init__()
         self.kernel, self.stride, self.dilation = kernel, stride, dilation
 
@@ -141,7 +141,7 @@ class Product:
     """What made the inputs."""
 
 
-def _pair(value: int | Sequence[int]) -> Pair:
+def _sides(value: int | Sequence[int]) -> Sides:
     down, across = (value, value) if isinstance(value, int) else [*value, *value][:2]
     return down, across
 
@@ -155,8 +155,8 @@ def _convolved(
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
 ) -> Product:
-    amounts = padding if isinstance(padding, str) else _pair(padding)
-    how = {"stride": _pair(stride), "padding": amounts, "dilation": _pair(dilation), "groups": groups}
+    amounts = padding if isinstance(padding, str) else _sides(padding)
+    how = {"stride": _sides(stride), "padding": amounts, "dilation": _sides(dilation), "groups": groups}
     return Product(input, weight, bias, how)
 
 
@@ -230,7 +230,8 @@ def plain(network: nn.Module, batch: Batch) -> dict[str, str]:
     for different inputs, and the plain layer then gives its outputs; all together only if the network then gives
     its own. On the meta device, where there are no values, what is called decides alone.
 
-    The inside of ``nn.MultiheadAttention`` stays: see :func:`utilized_rank.networks.attention.explicit`.
+    Depthwise convolutions are among them: torch.fx cannot trace through what asks for the size of an image. The inside
+    of ``nn.MultiheadAttention`` is not: see :func:`utilized_rank.networks.attention.explicit`, which goes before.
 
     Args:
         network: changed in place. It computes the same in evaluation; trained on, the weights themselves are learned.
@@ -419,7 +420,7 @@ def _padding(runs: list[Run]) -> tuple[str, list[Amounts]]:
     return kinds.pop() if len(kinds) == 1 else "other", around
 
 
-def _can_be_own(around: list[Amounts], own: Pair | str, kind: str) -> bool:
+def _can_be_own(around: list[Amounts], own: Sides | str, kind: str) -> bool:
     """Whether a convolution that pads by ``own`` can do the rest by itself: as much on both sides, at every size."""
     left, right, top, bottom = around[0]
     is_even = left == right >= 0 and top == bottom >= 0 and len({*around}) == 1
