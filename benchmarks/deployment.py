@@ -8,14 +8,14 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from utilized_rank.compression.lowrank import pair
+from utilized_rank.compression.decomposition import Decomposition
+from utilized_rank.compression.pairs import pair
 from utilized_rank.networks import cost
 from utilized_rank.ranks.layers import Layer, countable
 from utilized_rank.ranks.moments import input_moments
 from utilized_rank.ranks.projection import bases
 from utilized_rank.ranks.subspaces import energy_rank
 from utilized_rank.report.figures import style
-from utilized_rank.stages.decompose import Decomposition
 
 from .setting import Setting
 

@@ -12,12 +12,13 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
+from utilized_rank.networks.evaluation import Labelled
 from utilized_rank.networks.precision import autocast, resolved
 from utilized_rank.ranks.layers import countable
 from utilized_rank.ranks.measure import layer_ranks
 from utilized_rank.ranks.moments import input_moments
 from utilized_rank.ranks.projection import bases
-from utilized_rank.ranks.trials import Trials
+from utilized_rank.ranks.trials import Trials, evaluations_table
 from utilized_rank.report.figures import style
 
 from .setting import NETWORKS, Setting, setting
@@ -57,7 +58,7 @@ def one(setting: Setting, name: str, count: int, precision: str, memory: int) ->
         network(inputs[:64])
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     before, began = _memory("VmRSS"), time.perf_counter()
-    trials = Trials(network, inputs, labels, memory, precision)
+    trials = Trials(network, Labelled(inputs, labels), memory, precision)
     for layer in layers:
         layer_ranks(layer, *subspaces[layer.name], trials, EPSILON, "rank")
     seconds = time.perf_counter() - began
@@ -68,7 +69,7 @@ def one(setting: Setting, name: str, count: int, precision: str, memory: int) ->
         "layers": len(layers),
         "seconds": seconds,
         "ms an image": 1000 * seconds / count,
-        "forwards, by FLOPs": float(trials.table().forwards.sum()),
+        "forwards, by FLOPs": float(evaluations_table(trials.evaluations).forwards.sum()),
         "peak memory, MiB": _memory("VmHWM") - before,
         "budget, MiB": memory,
     }

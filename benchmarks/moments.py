@@ -12,6 +12,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
+from utilized_rank.networks.evaluation import Labelled
 from utilized_rank.ranks.layers import countable
 from utilized_rank.ranks.measure import layer_ranks
 from utilized_rank.ranks.moments import FEWEST, Budget, Moments, input_moments
@@ -108,7 +109,7 @@ def _fastest(run: Callable[[], object], times: int = 2) -> float:
 
 def _ranks(setting: Setting, network: nn.Module, moments: dict[str, Moments], searched: int | None) -> pd.DataFrame:
     """Every rank of every layer: at the tolerance where it is searched, and at 99% of the energy."""
-    trials = None if searched is None else Trials(network, *setting.search(searched), 2048, "auto")
+    trials = None if searched is None else Trials(network, Labelled(*setting.search(searched)), 2048, "auto")
     rows = []
     for layer in countable(network).layers:
         s, t = bases(layer, moments[layer.name], layer.width)

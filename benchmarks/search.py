@@ -9,6 +9,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
+from utilized_rank.networks.evaluation import Labelled
 from utilized_rank.networks.precision import autocast, resolved
 from utilized_rank.ranks.layers import Layer, countable
 from utilized_rank.ranks.measure import layer_ranks
@@ -44,7 +45,7 @@ class Ours:
         self.criterion, self.precision = criterion, precision
         network = setting.network("ResNet-20")
         self.layers = {layer.name: layer for layer in countable(network).layers}
-        self.trials = Trials(network, *setting.search(images), MEMORY, precision)
+        self.trials = Trials(network, Labelled(*setting.search(images)), MEMORY, precision)
 
     def ranks(self, name: str, s: Subspace, t: Subspace) -> Ranks:
         """Of one layer."""

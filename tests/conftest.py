@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from utilized_rank.base.files import write_json, write_table
 from utilized_rank.base.store import Store
-from utilized_rank.datasets.data import Dataset, Split
+from utilized_rank.datasets.data import Dataset
+from utilized_rank.datasets.images import Split
 from utilized_rank.study.config import Study, parse_study
 from utilized_rank.study.sections import Frontier
 from utilized_rank.training import models

@@ -12,7 +12,8 @@ from timm.layers import LayerScale
 from torch import Tensor, fx, nn
 
 from utilized_rank.compression.compensation import Compensation, Pairs, residual
-from utilized_rank.compression.lowrank import Channel, Fit, Target, factorized, optimal, substitute
+from utilized_rank.compression.lowrank import Channel, Fit, Target, optimal
+from utilized_rank.compression.pairs import factorized, substitute
 from utilized_rank.networks.suffix import Traced
 from utilized_rank.ranks.layers import Layer, countable
 from utilized_rank.ranks.moments import input_moments

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from utilized_rank.compression.lowrank import pair, substitute
+from utilized_rank.compression.pairs import pair, substitute
 from utilized_rank.networks import cost
 from utilized_rank.training import models
 from utilized_rank.training.sections import Model

@@ -15,9 +15,9 @@ from utilized_rank.datasets.data import SPLITS, Dataset
 from utilized_rank.datasets.images import Files, Split, array
 from utilized_rank.datasets.sections import Augmentation, Data
 from utilized_rank.study.config import parse_study
-from utilized_rank.study.opened import dataset_of
+from utilized_rank.study.runs import dataset_of
 from utilized_rank.study.sections import Measure
-from utilized_rank.study.tolerances import check_resolution, tolerances
+from utilized_rank.study.tolerances import check_resolution, search_images, tolerances
 
 LARGE = Data(source="folder", dataset="data/raw/fruit", image_size=72, search=0.25, test=0.25, workers=0)
 
@@ -188,23 +188,22 @@ def test_only_a_run_whose_weights_are_given_has_other_splits(halved, tmp_path, p
     ],
 )
 def test_tolerances_that_nobody_named_give_way_to_what_the_search_split_resolves(images, named, found, capsys):
-    split = Split(torch.zeros(images, 1, 8, 8, dtype=torch.uint8), torch.zeros(images, dtype=torch.int64))
-    dataset = data.Dataset({"search": split}, ["a"], [0.0], [1.0])
     measure = Measure(calibration_images=1, epsilons=named)
-    assert tolerances(dataset, measure) == found
+    assert tolerances(images, measure) == found
     said = capsys.readouterr().err
     assert (f"one of the {images} search images is worth" in said) == (not named and found != [1.0, 2.0])
     assert measure.resolved(images).by_default == (not named)
     check_resolution(images, found)
 
 
-def test_a_tolerance_that_was_named_is_refused_where_it_is_too_fine(dataset):
+def test_a_tolerance_that_was_named_is_refused_where_it_is_too_fine():
     with pytest.raises(StudyError, match=r"measure\.epsilons has 1 points, but one of the 40 search images"):
-        tolerances(dataset, Measure(calibration_images=1, epsilons=[1.0, 5.0]))
+        tolerances(40, Measure(calibration_images=1, epsilons=[1.0, 5.0]))
 
 
-def test_the_smallest_search_split_of_any_run_says_what_is_resolved(halved):
-    assert tolerances(halved, Measure(calibration_images=1)) == [5.0]
+def test_the_smallest_search_split_of_any_run_says_what_is_resolved():
+    assert search_images({"train": [*range(9)], "search": [1, 2, 3], "test": [4]}) == 3
+    assert search_images({"search": [1, 2, 3], "test": [4, 5, 6], "test_searched": [4, 5]}) == 2
 
 
 def test_a_file_that_was_damaged_after_preparing_is_named_when_it_is_needed(large):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from utilized_rank.compression.decomposition import Decomposition, agreement, spectra, sweep
 from utilized_rank.compression.lowrank import METHODS, Channel, Target, saves
 from utilized_rank.networks import cost
 from utilized_rank.networks.evaluation import features, is_correct
@@ -12,7 +13,6 @@ from utilized_rank.ranks.moments import Moments, input_moments
 from utilized_rank.ranks.projection import bases, replaced
 from utilized_rank.ranks.subspaces import numerical_rank
 from utilized_rank.stages import decompose
-from utilized_rank.stages.decompose import Decomposition
 
 
 def ranks(network: nn.Module) -> pd.DataFrame:
@@ -216,7 +216,7 @@ def test_the_optimum_is_nearer_to_the_network_than_the_others_at_one_layer(make,
     error = {}
     for name, method in METHODS.items():
         factors = Channel(method(target)).factors(4)
-        error[name] = decompose.agreement(network, {layer: factors.matrix()}, images)
+        error[name] = agreement(network, {layer: factors.matrix()}, images)
     assert error["optimal"] < error["svd"]
 
 
@@ -235,11 +235,11 @@ def test_the_rank_of_the_projected_weights_is_the_utilized_rank(decomposition):
 def test_agreement_is_the_relative_error_of_the_logits(make, images):
     network = make("residual")
     layer = Layer("head", network.head)
-    assert decompose.agreement(network, {layer: layer.weight()}, images) == 0
+    assert agreement(network, {layer: layer.weight()}, images) == 0
     z = logits(network, images)
     without = network.head.bias.detach().expand_as(z)
     expected = float((z - without).norm() / z.norm())
-    assert decompose.agreement(network, {layer: layer.weight() * 0}, images) == pytest.approx(expected)
+    assert agreement(network, {layer: layer.weight() * 0}, images) == pytest.approx(expected)
 
 
 def test_a_row_of_results_by_hand(make, images):
@@ -285,7 +285,7 @@ def swept(make, images):
         seen.append(layer.weight().double().clone())
         return float(len(seen))
 
-    table = decompose.sweep(layer, s, t, 3, accuracy, torch.Generator().manual_seed(0))
+    table = sweep(layer, s, t, 3, accuracy, torch.Generator().manual_seed(0))
     weights = dict(zip(zip(table.subspace, table.k, strict=True), seen, strict=True))
     return layer, s, t, weights, table
 
@@ -330,7 +330,7 @@ def test_spectra_are_singular_values_over_the_largest(generator):
         layer.module.weight.copy_(layer.weight_from(weight[None]))
     moments = Moments.zeros(1, 4)
     moments.add(torch.eye(4)[None])
-    table = decompose.spectra(layer, Target(layer, moments, *bases(layer, moments), 4, 2))
+    table = spectra(layer, Target(layer, moments, *bases(layer, moments), 4, 2))
     assert table.dimension.tolist() == [1, 2, 3]
     np.testing.assert_allclose(table.W, [1, 0.5, 0.25], atol=1e-6)
     np.testing.assert_allclose(table.projected, [1, 0.5, 0], atol=1e-6)  # white inputs: the SVD of W

@@ -9,21 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from utilized_rank.compression.lowrank import (
-    FORMS,
-    Channel,
-    Factors,
-    Fit,
-    Spatial,
-    factorized,
-    form_of,
-    forms_of,
-    pair,
-    restructure,
-    saves,
-    substitute,
-    weights_a_rank,
-)
+from utilized_rank.compression.lowrank import FORMS, Channel, Factors, Fit, Spatial, forms_of, saves, weights_a_rank
+from utilized_rank.compression.pairs import factorized, form_of, pair, restructure, substitute
 from utilized_rank.ranks.layers import Layer, countable
 from utilized_rank.ranks.moments import Moments, input_moments
 from utilized_rank.ranks.projection import replaced

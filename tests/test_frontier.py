@@ -7,7 +7,9 @@ import torch
 from torch import nn
 
 from utilized_rank.base.sections import StudyError
-from utilized_rank.compression import policies
+from utilized_rank.compression.compressor import Compression, in_call_order
+from utilized_rank.compression.costs import Choices
+from utilized_rank.compression.decomposition import Decomposition
 from utilized_rank.compression.policies import STEPS
 from utilized_rank.datasets.sections import Augmentation
 from utilized_rank.networks import cost
@@ -15,8 +17,8 @@ from utilized_rank.networks.evaluation import is_correct, outputs
 from utilized_rank.ranks.layers import countable
 from utilized_rank.ranks.moments import input_moments
 from utilized_rank.report.figures import frontier as figures
-from utilized_rank.stages import decompose
-from utilized_rank.stages.frontier import Compression, boundaries_table, choices_table, in_call_order, untrained
+from utilized_rank.stages import decompose, frontier
+from utilized_rank.stages.frontier import boundaries_table, choices_table, untrained
 from utilized_rank.study.config import parse_study
 from utilized_rank.study.sections import Frontier, Policy
 from utilized_rank.training import loop as training
@@ -58,20 +60,24 @@ def trained():
     return networks
 
 
+def thirds(network: nn.Module) -> pd.DataFrame:
+    """As if a third of each width had been found."""
+    third = {layer.name: -(-layer.width // 3) for layer in countable(network).layers}
+    return pd.DataFrame([{"layer": x, "epsilon": 5.0, "k_s": k + 1, "k_t": k, "r": k} for x, k in third.items()])
+
+
+def choices_of(made: Compression, policy: Policy) -> Choices:
+    return frontier.choices(made, policy, thirds(made.network))
+
+
 @pytest.fixture
 def compression(trained, dataset):
-    """Of a network by name, as if a third of each width had been found."""
+    """Of a network by name."""
 
     def of(name: str, **how: object) -> Compression:
         network = trained[name].eval()
-        layers = countable(network).layers
-        third = {x.name: -(-x.width // 3) for x in layers}
-        found = [
-            {"layer": x.name, "epsilon": 5.0, "k_s": third[x.name] + 1, "k_t": third[x.name], "r": third[x.name]}
-            for x in layers
-        ]
-        moments = input_moments(network, layers, [dataset.inputs("train")[:]])
-        return Compression(network, pd.DataFrame(found), moments, dataset, asked(**how))
+        moments = input_moments(network, countable(network).layers, [dataset.inputs("train")[:]])
+        return frontier.compression(network, moments, dataset, asked(**how), 2048)
 
     return of
 
@@ -80,7 +86,7 @@ def compression(trained, dataset):
 @pytest.mark.parametrize("policy", POLICIES, ids=lambda p: f"{p.name} {p.weights}")
 def test_every_method_gives_a_network_of_the_forms_and_ranks_that_were_chosen(compression, dataset, name, policy):
     made = compression(name)
-    chosen = made.choices(policy)
+    chosen = choices_of(made, policy)
     before = outputs(made.network, dataset.inputs("test"))
     for method in METHODS:
         small = made.build(method, chosen)
@@ -97,7 +103,7 @@ def test_a_budget_is_kept_by_the_whole_network_and_nearly_used(compression, data
     made = compression(name)
     count = cost.parameters if kind == "params" else lambda n: cost.flops(n, dataset.inputs("test")[:1])
     for method in ("optimal", "compensated"):
-        small = made.build(method, made.choices(Policy(budget={kind: share}))).network
+        small = made.build(method, choices_of(made, Policy(budget={kind: share}))).network
         assert count(small) <= share * count(made.network)
         assert count(small) > (share - 0.03) * count(made.network)
 
@@ -108,9 +114,9 @@ def test_a_budget_of_time_is_kept_as_it_was_measured(compression, dataset, monke
     def latencies(modules: list[nn.Module], inputs: torch.Tensor, seconds: float = 0.2) -> list[float]:
         return [1e-9 * cost.parameters(module) for module in modules]
 
-    monkeypatch.setattr(policies.cost, "latencies", latencies)
+    monkeypatch.setattr(cost, "latencies", latencies)
     made = compression("resnet20")
-    small = made.build("optimal", made.choices(Policy(budget={"latency": 0.6}))).network
+    small = made.build("optimal", choices_of(made, Policy(budget={"latency": 0.6}))).network
     parts = cost.parameters(small) / cost.parameters(made.network)
     assert 0.55 < parts < 0.62  # straight lines lie between the ranks that were measured
 
@@ -127,7 +133,7 @@ def test_ranks_that_compose_keep_the_whole_network_within_the_tolerance(compress
     made = compression(name)
     inputs, labels = dataset.inputs("search"), dataset.labels("search")
     for epsilon in (0.0, 10.0):
-        chosen = made.choices(Policy(search=search, epsilon=epsilon, weights=weights))
+        chosen = choices_of(made, Policy(search=search, epsilon=epsilon, weights=weights))
         small = made.build(weights, chosen).network
         lost = is_correct(made.network, inputs, labels).mean() - is_correct(small, inputs, labels).mean()
         assert 100 * lost <= epsilon + 1e-9
@@ -154,10 +160,10 @@ def test_a_joint_search_is_certified_by_networks_that_were_really_built(compress
 def test_no_cumulative_network_is_smaller_than_the_joint_one(compression, name):
     made = compression(name)
     cost_of = made.budgets("params").cost
-    joint = made.choices(Policy(search="joint", epsilon=5.0))
-    cumulative = made.choices(Policy(search="cumulative", epsilon=5.0))
+    joint = choices_of(made, Policy(search="joint", epsilon=5.0))
+    cumulative = choices_of(made, Policy(search="cumulative", epsilon=5.0))
     assert cost_of(joint) <= cost_of(cumulative)
-    (found,) = made.boundaries.values()
+    found = made.joint("compensated", 5.0)
     assert (found.cumulative == cost_of(joint)) == (joint == cumulative)
 
 
@@ -165,10 +171,11 @@ def test_the_paper_s_projection_is_at_the_dimensions_that_were_found(compression
     """As the study's own decomposition has it, where every layer takes the channel form."""
     made = compression("vit")
     policy = Policy(search="independent", epsilon=5.0)
-    assert set(made.dimensions(policy).values()) > {(9, 8)}
-    assert made.dimensions(Policy(budget={"params": 0.5})) == {}
-    small = made.build("projection", made.choices(policy), made.dimensions(policy)).network
-    expected = decompose.Decomposition(made.network, made.ranks, made.moments).build("projection", 5.0).network
+    assert set(frontier.dimensions(made, policy, thirds(made.network)).values()) > {(9, 8)}
+    assert frontier.dimensions(made, Policy(budget={"params": 0.5}), thirds(made.network)) == {}
+    dimensions = frontier.dimensions(made, policy, thirds(made.network))
+    small = made.build("projection", choices_of(made, policy), dimensions).network
+    expected = Decomposition(made.network, thirds(made.network), made.moments).build("projection", 5.0).network
     torch.testing.assert_close(
         outputs(small, dataset.inputs("test")), outputs(expected, dataset.inputs("test")), rtol=0, atol=1e-4
     )
@@ -183,7 +190,7 @@ def test_a_tolerance_finer_than_one_search_image_is_refused(compression, search)
 def test_where_nothing_before_a_layer_was_replaced_compensated_weights_are_the_optimum(compression, dataset):
     """On the same images; from the second layer that is replaced on, they are not."""
     made = compression("resnet20", images=96)
-    chosen = made.choices(Policy(budget={"params": 0.5}))
+    chosen = choices_of(made, Policy(budget={"params": 0.5}))
     first = next(iter(chosen))
 
     def apart(choices):
@@ -199,7 +206,7 @@ def test_where_nothing_before_a_layer_was_replaced_compensated_weights_are_the_o
 @pytest.mark.parametrize("name", MODELS)
 def test_compensated_logits_are_closer_to_the_originals_than_those_of_the_optimum(compression, dataset, name):
     made = compression(name)
-    chosen = made.choices(Policy(budget={"params": 0.5}))
+    chosen = choices_of(made, Policy(budget={"params": 0.5}))
     before = outputs(made.network, dataset.inputs("test"))
     off = {m: (outputs(made.build(m, chosen).network, dataset.inputs("test")) - before).norm() for m in METHODS}
     assert off["compensated"] < off["optimal"] < off["svd"]
@@ -214,7 +221,7 @@ def test_layers_are_in_the_order_of_calls(compression, trained):
 
 def test_a_network_from_random_weights_has_the_forms_and_the_size_of_the_compressed_one(compression, dataset):
     made = compression("resnet20")
-    small = made.build("compensated", made.choices(Policy(budget={"params": 0.5})))
+    small = made.build("compensated", choices_of(made, Policy(budget={"params": 0.5})))
     other = untrained(MODELS["resnet20"], dataset.shape, 2, False, small.forms)
     shapes = [{name: t.shape for name, t in n.state_dict().items()} for n in (small.network, other)]
     assert shapes[0] == shapes[1]
@@ -223,7 +230,7 @@ def test_a_network_from_random_weights_has_the_forms_and_the_size_of_the_compres
 
 def test_what_is_saved_is_loaded_again(compression, dataset, tmp_path):
     made = compression("resnet20")
-    small = made.build("compensated", made.choices(Policy(budget={"params": 0.5})))
+    small = made.build("compensated", choices_of(made, Policy(budget={"params": 0.5})))
     assert "spatial" in {form for form, *_ in small.forms.values()}
     decompose.save(small, tmp_path / "small.safetensors")
     again = decompose.load(made.network, tmp_path / "small.safetensors")
@@ -311,7 +318,7 @@ def test_distilled_networks_follow_the_original_and_not_the_labels(dataset, para
 
 def test_the_tables_say_what_was_chosen_and_what_was_tried(compression):
     made = compression("resnet20")
-    choices = {p.name: made.choices(p) for p in (POLICIES[3], POLICIES[4])}
+    choices = {p.name: choices_of(made, p) for p in (POLICIES[3], POLICIES[4])}
     table = choices_table(choices, made.layers)
     assert len(table) == 2 * len(made.layers)
     for name, chosen in choices.items():
@@ -324,7 +331,7 @@ def test_the_tables_say_what_was_chosen_and_what_was_tried(compression):
             if "bias" not in n
         )
         assert {layer for layer, form in rows.form.items() if form == "whole"} == set(made.layers) - set(chosen)
-    tried = boundaries_table(made.boundaries, cost.parameters(made.network))
+    tried = boundaries_table(frontier.boundaries(made, POLICIES), cost.parameters(made.network))
     assert set(tried.ranks) == {"joint-5"}
     assert tried.budget.is_monotonic_increasing
     assert tried.kept.between(0, 1).all()

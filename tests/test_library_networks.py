@@ -13,6 +13,7 @@ from PIL import Image
 from torch import nn
 
 from utilized_rank.base.files import write_network
+from utilized_rank.compression.decomposition import Decomposition
 from utilized_rank.datasets import prepare
 from utilized_rank.datasets.data import Dataset
 from utilized_rank.datasets.images import Files, Split, array
@@ -108,7 +109,7 @@ def test_a_librarys_network_is_measured_decomposed_tuned_and_reloaded(case, root
     found = measure.measure(network, dataset, how)
     assert_counted(found, case)
 
-    whole = decompose.Decomposition(network, found.layers, found.moments)
+    whole = Decomposition(network, found.layers, found.moments)
     built = whole.build("optimal", 25.0)
     assert built.forms
     assert cost.parameters(built.network) < cost.parameters(network)
@@ -187,9 +188,9 @@ def test_a_family_with_code_of_its_own_goes_through_measuring_and_compression(na
     asked = Frontier(
         methods=["compensated"], ranks=[half], losses="energy", images=16, finetune=Finetune(epochs=1, lr=1e-3)
     )
-    compression = frontier.Compression(network, measured.layers, measured.moments, dataset, asked, 512)
-    choices = compression.choices(half)
-    small = compression.build("compensated", choices, compression.dimensions(half))
+    compression = frontier.compression(network, measured.moments, dataset, asked, 512)
+    choices = frontier.choices(compression, half, measured.layers)
+    small = compression.build("compensated", choices)
     assert len(choices) > 5
     assert cost.parameters(small.network) <= 0.7 * cost.parameters(network)
     assert torch.isfinite(outputs(small.network, dataset.inputs("test"))).all()

@@ -7,19 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from utilized_rank.compression.lowrank import (
-    FORMS,
-    METHODS,
-    Factors,
-    Target,
-    factorized,
-    forms_of,
-    pair,
-    restructure,
-    right_singular,
-    saves,
-    substitute,
-)
+from utilized_rank.compression.lowrank import FORMS, METHODS, Factors, Target, forms_of, right_singular, saves
+from utilized_rank.compression.pairs import factorized, pair, restructure, substitute
 from utilized_rank.ranks.layers import Layer, countable
 from utilized_rank.ranks.moments import Moments, input_moments
 from utilized_rank.ranks.projection import bases, projected, replaced

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from utilized_rank.base.sections import StudyError
-from utilized_rank.datasets.data import Dataset, Split
+from utilized_rank.datasets.data import Dataset
+from utilized_rank.datasets.images import Split
 from utilized_rank.networks.evaluation import is_correct
 from utilized_rank.networks.precision import autocast
 from utilized_rank.ranks import moments
@@ -60,7 +61,7 @@ def test_every_rank_passes_on_the_whole_search_split_and_one_less_fails(measured
     network, dataset, result = measured(name, criterion=criterion)
     inputs, labels = dataset.inputs("search"), dataset.labels("search")
     original = int(is_correct(network, inputs, labels).sum())
-    assert (result.search_correct, result.search_images) == (original, 70)
+    assert (result.score, result.search_images) == (pytest.approx(100 * original / 70), 70)
     layers = {layer.name: layer for layer in countable(network).layers}
 
     def passes(row, k_s: int, k_t: int) -> bool:
@@ -149,7 +150,7 @@ def test_the_search_is_in_the_precision_that_was_asked_for(measured, precision):
     assert result.precision == precision
     with autocast(precision):
         right = is_correct(network, dataset.inputs("search"), dataset.labels("search"))
-    assert result.search_correct == int(right.sum())
+    assert result.score == pytest.approx(100 * right.mean())
     types = set()
     network.conv2.register_forward_hook(lambda _, __, output: types.add(output.dtype))
     measure(network, dataset, MEASURE.model_copy(update={"precision": precision}))

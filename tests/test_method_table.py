@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from utilized_rank.base.files import read_tensors
+from utilized_rank.compression.decomposition import Decomposition
 from utilized_rank.networks import cost
 from utilized_rank.networks.evaluation import is_correct
 from utilized_rank.ranks.layers import countable
 from utilized_rank.ranks.moments import input_moments
 from utilized_rank.ranks.projection import bases
 from utilized_rank.ranks.subspaces import energy_rank
-from utilized_rank.stages.decompose import Decomposition
 from utilized_rank.training import models
 from utilized_rank.training.sections import Model
 

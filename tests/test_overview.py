@@ -10,7 +10,7 @@ from matplotlib import pyplot as plt
 
 from utilized_rank.base.files import read_table, write_json, write_table
 from utilized_rank.base.store import Store
-from utilized_rank.report import overview, tables
+from utilized_rank.report import overview, summary, tables
 from utilized_rank.report.figures import study as figures
 from utilized_rank.report.figures import style
 from utilized_rank.report.overview import NOT_UPHELD, UNTESTABLE, UPHELD, Study
@@ -183,7 +183,7 @@ def test_the_overview_reads_every_study_and_links_it(studied, styled):
     shutil.copytree(store.report(), Store("another", store.root).report())
     for name, title in (("toy", "<Toys> & more"), ("another", "Another")):
         folder = Store(name, store.root).report()
-        write_json(folder / "summary.json", tables.summary(made, store, steps))
+        write_json(folder / "summary.json", summary.summary(made, store, steps))
         write_json(folder / "provenance.json", {"title": title})
         compared = tables.training_kinds(made, store, made.comparisons["vit"])
         write_table(folder / "results" / "ssl_vs_supervised-vit.csv", compared)

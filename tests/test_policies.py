@@ -7,26 +7,23 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from utilized_rank.compression import costs as costs_of
 from utilized_rank.compression import policies
-from utilized_rank.compression.lowrank import Factors, Fit, Target, bias_of, factorized, optimal, saves, substitute
-from utilized_rank.compression.policies import (
-    Budgets,
+from utilized_rank.compression.costs import (
     Candidate,
     Choices,
     Costs,
-    Cumulative,
-    Losses,
     candidates,
-    closest,
-    divergence_losses,
-    energy_losses,
     flop_costs,
-    independent,
-    joint,
     latency_costs,
     parameter_costs,
 )
+from utilized_rank.compression.losses import Losses, divergence_losses, energy_losses
+from utilized_rank.compression.lowrank import Factors, Fit, Target, optimal, saves
+from utilized_rank.compression.pairs import bias_of, factorized, substitute
+from utilized_rank.compression.policies import Budgets, Cumulative, closest, independent, joint
 from utilized_rank.networks import cost
+from utilized_rank.networks.evaluation import Labelled
 from utilized_rank.ranks.layers import Layer, countable
 from utilized_rank.ranks.moments import input_moments
 from utilized_rank.ranks.projection import bases, replaced
@@ -83,7 +80,7 @@ def test_costs_are_those_of_the_network_that_is_built(make, images, name, kind):
     network = make(name)
     layers = candidates_of(network, images)
     count = cost.parameters if kind == "params" else lambda its: cost.flops(its, images[:1])
-    costs = policies.COSTS[kind](network, layers, images)
+    costs = costs_of.COSTS[kind](network, layers, images)
     assert costs.network == count(network)
     for c in layers:
         its = c.layer.name
@@ -99,7 +96,7 @@ def test_costs_are_those_of_the_network_that_is_built(make, images, name, kind):
 def test_costs_of_several_layers_add_up(make, images, kind):
     network = make("resnet20")
     layers = candidates_of(network, images)
-    costs = policies.COSTS[kind](network, layers, images)
+    costs = costs_of.COSTS[kind](network, layers, images)
     choices = {c.layer.name: (form, c.saving(form)) for c in layers for form in c.cuts if c.saving(form)}
     small = built(network, layers, choices)
     expected = costs.network - sum(costs.layers[its] for its in choices) + sum_of(choices, costs)
@@ -124,13 +121,13 @@ def test_latencies_are_measured_at_a_few_ranks_and_lie_on_lines_between_them(mak
         assert costs.layers[c.layer.name] == calls * 1000 * cost.parameters(c.layer.module)
         expected = [calls * 1000 * cost.parameters(c.module("channel", 1 + r)) for r in range(c.saving("channel"))]
         assert costs.ways[c.layer.name]["channel"] == pytest.approx(expected, abs=1)
-    assert max(asked) <= 1 + policies.POINTS
+    assert max(asked) <= 1 + costs_of.POINTS
 
 
 def test_latencies_of_this_machine_are_of_every_layer_form_and_rank(make, images, monkeypatch):
     network = make("residual")
     layers = candidates_of(network, images)
-    monkeypatch.setattr(policies, "SECONDS", 0)
+    monkeypatch.setattr(costs_of, "SECONDS", 0)
     costs = latency_costs(network, layers, images[:2])
     assert min(costs.network, *costs.layers.values()) > 0
     for c in layers:
@@ -141,7 +138,7 @@ def test_latencies_of_this_machine_are_of_every_layer_form_and_rank(make, images
 
 def budgets_of(network: nn.Module, images: Tensor, kind: str = "params") -> tuple[list[Candidate], Costs, Losses]:
     layers = candidates_of(network, images)
-    return layers, policies.COSTS[kind](network, layers, images), energy_losses(network, layers, images, MEMORY)
+    return layers, costs_of.COSTS[kind](network, layers, images), energy_losses(network, layers, images, MEMORY)
 
 
 @pytest.mark.parametrize("name", [*NETWORKS, "resnet20"])
@@ -252,7 +249,7 @@ def test_divergence_losses_are_measured_with_the_layer_replaced(make, images, na
             most, of_ranks = c.saving(form), losses[c.layer.name][form]
             if not most:
                 continue
-            ranks = np.unique(np.geomspace(1, most, policies.POINTS).round().astype(int))
+            ranks = np.unique(np.geomspace(1, most, costs_of.POINTS).round().astype(int))
             direct = []
             for rank in ranks.tolist():
                 small = copy.deepcopy(network)
@@ -388,7 +385,7 @@ class Search:
         self.labels[::10] = (self.labels[::10] + 1) % 5
         self.flops = flop_costs(network, candidates(self.fits, forms), images)
         layers = [fit.layer for fit in self.fits]
-        self.search = Cumulative(self.small, layers, forms, self.flops, images, self.labels, epsilon, MEMORY)
+        self.search = Cumulative(self.small, layers, forms, self.flops, Labelled(images, self.labels), epsilon, MEMORY)
         self.before = self.right(self.small)
 
     @torch.no_grad()

@@ -12,7 +12,7 @@ from matplotlib.collections import PathCollection
 from utilized_rank.base.files import read_json, read_table, write_table, write_text
 from utilized_rank.base.store import Store
 from utilized_rank.report import pages as report
-from utilized_rank.report import tables
+from utilized_rank.report import summary, tables
 from utilized_rank.report.figures import study as figures
 from utilized_rank.report.figures import style
 from utilized_rank.stages.notebooks import STAGES, executed_name, keys_of
@@ -31,7 +31,7 @@ def index(study, store, links=(), record=RECORD) -> str:
     steps = tables.steps(study, store)
     tuned = tables.tuned(study, steps)
     epsilons = sorted(study.measure.epsilons)
-    sheets = tables.sheets(study, store, record, steps)
+    sheets = summary.sheets(study, store, record, steps)
     report.write_index(study, store, sheets, list(links), record, tuned, epsilons[len(epsilons) // 2])
     return store.data("pages", "index.html").read_text()
 
@@ -99,7 +99,7 @@ def test_the_index_shows_every_sheet_to_the_last_row(studied):
     page = index(study, store)
     shown = re.findall(r"<table>.*?</table>", page, re.DOTALL)
     steps = tables.steps(study, store)
-    sheets = tables.sheets(study, store, RECORD, steps)
+    sheets = summary.sheets(study, store, RECORD, steps)
     in_turn = ["table1-utilization", "repeats", "table3-training", "table2-compression", "table4-methods"]
     in_turn += ["table6-frontier", "frontier-seeds", "table5-settings"]
     assert set(in_turn) == set(sheets)

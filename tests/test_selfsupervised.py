@@ -13,7 +13,8 @@ from torchvision.models.vision_transformer import VisionTransformer as Torchvisi
 
 from utilized_rank.base.files import file_hash, write_tensors
 from utilized_rank.base.sections import StudyError
-from utilized_rank.datasets.data import Dataset, Split
+from utilized_rank.datasets.data import Dataset
+from utilized_rank.datasets.images import Split
 from utilized_rank.datasets.sections import Augmentation
 from utilized_rank.networks.evaluation import features, outputs
 from utilized_rank.training import selfsupervised

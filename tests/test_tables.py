@@ -9,7 +9,10 @@ from committed import COMMITTED, LOCKED, ROOT, study_of
 from utilized_rank.base.files import read_json, write_json, write_table
 from utilized_rank.base.sections import StudyError
 from utilized_rank.base.store import Store
-from utilized_rank.report import tables
+from utilized_rank.report import tables, timings
+from utilized_rank.report.settings import settings
+from utilized_rank.report.summary import sheets as sheets_of
+from utilized_rank.report.summary import summary as summary_of
 from utilized_rank.study.config import parse_study
 
 MACHINE = {"processor": "a processor", "system": "a system", "python": "3.11", "packages": {"torch": "2"}}
@@ -23,7 +26,7 @@ def steps(studied):
 def sheets(study, store, record) -> tuple[dict[str, pd.DataFrame], dict]:
     """Every table of the report, and its summary, as its notebook computes them."""
     all_steps = tables.steps(study, store)
-    return tables.sheets(study, store, record, all_steps), tables.summary(study, store, all_steps)
+    return sheets_of(study, store, record, all_steps), summary_of(study, store, all_steps)
 
 
 def row_of(store: Store, key: str, form: str, method: str, epsilon: float) -> pd.Series:
@@ -172,7 +175,7 @@ def test_repeats_have_the_mean_and_the_sample_standard_deviation(studied, steps)
 
 def test_settings_list_every_parameter_what_was_looked_at_and_the_hardware(studied):
     study, store = studied
-    table = tables.settings(study, store, MACHINE | {"code": "a hash"})
+    table = settings(study, store, MACHINE | {"code": "a hash"})
     assert table.parameter.is_unique
     listed = dict(zip(table.parameter, table.value, strict=True))
     assert (listed["data.limit"], listed["measure.rows"], listed["runs.vgg11.finetune.lr"]) == ("null", "4", "0.01")
@@ -202,7 +205,7 @@ def test_settings_list_every_parameter_what_was_looked_at_and_the_hardware(studi
 def test_tolerances_that_nobody_named_have_a_row_among_the_settings(studied):
     study, store = studied
     measure = study.measure.model_copy(update={"epsilons": []}).resolved(61)
-    table = tables.settings(study.model_copy(update={"measure": measure}), store, MACHINE).set_index("parameter").value
+    table = settings(study.model_copy(update={"measure": measure}), store, MACHINE).set_index("parameter").value
     assert table["measure.epsilons"] == "[1.64, 2.0]"
     assert table["found: tolerances"] == "[1.64, 2.0]: by default [1.0, 2.0], none finer than one search image"
 
@@ -215,16 +218,16 @@ def test_tables_say_of_each_run_which_its_search_split_is_where_they_differ(stud
     for which in (study, study.model_copy(update={"data": halved})):
         assert "search split" not in tables.utilization(which, store)
     table = tables.utilization(of_test, store).set_index("network")["search split"]
-    settings = tables.settings(of_test, store, MACHINE).set_index("parameter").value
+    found = settings(of_test, store, MACHINE).set_index("parameter").value
     for key, run in of_test.runs.items():
         expected = "half of the test images" if run.pretrained == "simclr_vit" else "held out of training"
         assert table[run.label].startswith(expected)
-        assert settings[f"found: runs.{key}.search split"].startswith(expected)
+        assert found[f"found: runs.{key}.search split"].startswith(expected)
 
 
 def test_the_summary_is_the_headline_numbers_with_labels_and_intervals(studied, steps):
     study, store = studied
-    summary = tables.summary(study, store, steps)
+    summary = summary_of(study, store, steps)
     assert json.loads(json.dumps(summary)) == summary
     for key, run in study.runs.items():
         whole = row_of(store, key, "original", "dense", np.nan)
@@ -250,7 +253,7 @@ def test_the_summary_is_the_headline_numbers_with_labels_and_intervals(studied, 
 
 def test_the_summary_of_a_run_with_a_frontier_has_every_network_of_it(studied, steps):
     study, store = studied
-    found = tables.summary(study, store, steps)["vgg11"]["frontier"]
+    found = summary_of(study, store, steps)["vgg11"]["frontier"]
     made = tables.rows(store, "frontier", "vgg11")
     first = made[(made.form != "original") & (made.seed.isna() | (made.seed == 0))]
     assert {(m, r, f) for m, its in found.items() for r, steps in its.items() for f in steps} == set(
@@ -274,12 +277,12 @@ def kept(store: Store, stage: str, key: str, at: str) -> float:
 
 def test_latencies_are_those_that_were_timed_here_of_the_networks_that_are_reported(studied):
     study, store = studied
-    assert tables.latencies(study, store).empty
+    assert timings.latencies(study, store).empty
     share = kept(store, "decompose", "vit", "epsilon == 1")
     timed = {"epsilon": 1.0, "method": "svd", "images": 64, "original": 0.02, "decomposed": 0.015, "flops_kept": share}
     other = timed | {"method": "optimal"}  # whose FLOPs are not those: of a network that another change has made
     write_table(store.data("timings", "decompose-vit.csv"), pd.DataFrame([timed, other]))
-    (row,) = tables.latencies(study, store).to_dict("records")
+    (row,) = timings.latencies(study, store).to_dict("records")
     assert row == {
         "network": "ViT & labels",
         "ranks": "ε = 1",
@@ -318,11 +321,11 @@ def test_seeds_of_fine_tuning_are_summed_up_by_mean_and_standard_deviation(studi
 
 def test_accuracy_is_set_against_the_time_that_was_taken_here(studied):
     study, store = studied
-    assert tables.timed(study, store).empty
+    assert timings.timed(study, store).empty
     times = {"ranks": "params-0.5", "method": "svd", "images": 64, "original": 0.02, "decomposed": 0.015}
     times["flops_kept"] = kept(store, "frontier", "vgg11", "ranks == 'params-0.5'")
     write_table(store.data("timings", "frontier-vgg11.csv"), pd.DataFrame([times]))
-    (row,) = tables.timed(study, store).to_dict("records")
+    (row,) = timings.timed(study, store).to_dict("records")
     made = tables.rows(store, "frontier", "vgg11")
     its = made[(made.method == "svd") & (made.ranks == "params-0.5")].iloc[0]
     assert row["time_kept"] == pytest.approx(0.75)
@@ -332,11 +335,11 @@ def test_accuracy_is_set_against_the_time_that_was_taken_here(studied):
 def test_only_tables_that_have_rows_are_written(studied, steps):
     study, store = studied
     record = {"code": "a hash", **MACHINE}
-    every = set(tables.sheets(study, store, record, steps))
+    every = set(sheets_of(study, store, record, steps))
     plain = study.model_copy(update={"frontier": {}, "repeats": {}, "comparisons": {}})
     fewer = {"repeats", "table3-training", "table6-frontier", "frontier-seeds"}
     assert fewer < every
-    assert set(tables.sheets(plain, store, record, steps)) == every - fewer
+    assert set(sheets_of(plain, store, record, steps)) == every - fewer
 
 
 def test_two_runs_of_one_label_are_refused_since_no_table_could_tell_them_apart(parameters):

@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from utilized_rank.datasets.data import Dataset, Split
+from utilized_rank.datasets.data import Dataset
+from utilized_rank.datasets.images import Split
 from utilized_rank.datasets.sections import Augmentation
 from utilized_rank.training import loop as training
 from utilized_rank.training.models import build

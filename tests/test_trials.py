@@ -5,13 +5,14 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from benchmarks.plain import Plain
+from utilized_rank.networks.evaluation import Labelled
 from utilized_rank.networks.precision import autocast
 from utilized_rank.ranks.layers import Layer, countable
 from utilized_rank.ranks.moments import input_moments
 from utilized_rank.ranks.projection import bases
 from utilized_rank.ranks.rank_search import search, search_utilized
 from utilized_rank.ranks.subspaces import Subspace
-from utilized_rank.ranks.trials import PROBE, Trials
+from utilized_rank.ranks.trials import PROBE, Trials, evaluations_table
 
 NETWORKS = [
     "residual",
@@ -63,7 +64,7 @@ def agrees(trials: Trials, plain: Plain, layer: Layer, s: Subspace, t: Subspace,
 def test_verdicts_are_those_of_full_evaluations(make, images, name, memory):
     network = make(name)
     labels = labelled(network, images)
-    trials, plain = Trials(network, images, labels, memory, batch_size=16), Plain(network, images, labels)
+    trials, plain = Trials(network, Labelled(images, labels), memory, batch_size=16), Plain(network, images, labels)
     assert trials.correct == plain.correct == 56
     seen = set()
     for layer, (s, t) in subspaces(network, images).items():
@@ -75,7 +76,7 @@ def test_verdicts_are_those_of_full_evaluations(make, images, name, memory):
 def test_layers_may_be_tried_in_any_order(make, images):
     network = make("residual")
     labels = labelled(network, images)
-    trials, plain = Trials(network, images, labels, 64), Plain(network, images, labels)
+    trials, plain = Trials(network, Labelled(images, labels), 64), Plain(network, images, labels)
     known = subspaces(network, images).items()
     tried = [(layer, *both, 1, k_t) for layer, both in known for k_t in (1, layer.n)]
     for pair in tried[::-1]:
@@ -89,7 +90,7 @@ def test_ranks_found_with_guesses_are_boundaries_of_full_evaluations(make, image
     with autocast(precision):
         labels = labelled(network, images)
         plain = Plain(network, images, labels)
-    trials = Trials(network, images, labels, 64, precision, batch_size=8)
+    trials = Trials(network, Labelled(images, labels), 64, precision, batch_size=8)
     assert trials.correct == plain.correct
     for layer, (s, t) in subspaces(network, images).items():
         if name == "vit" and not layer.name.startswith("blocks.1"):
@@ -118,7 +119,7 @@ def test_ranks_found_with_guesses_are_boundaries_of_full_evaluations(make, image
 def test_ranks_found_with_guesses_are_those_of_plain_bisection_where_passing_is_monotone(points, epsilon):
     """A linear map of well-separated directions loses classes one by one."""
     network, inputs, labels = points
-    trials, plain = Trials(network, inputs, labels, 64, batch_size=8), Plain(network, inputs, labels)
+    trials, plain = Trials(network, Labelled(inputs, labels), 64, batch_size=8), Plain(network, inputs, labels)
     ((layer, (s, t)),) = subspaces(network, inputs).items()
     passes = lambda k_s, k_t: trials.passes(layer, s, t, k_s, k_t, epsilon)  # noqa: E731
     likely = lambda k_s, k_t: trials.likely(layer, s, t, k_s, k_t, epsilon)  # noqa: E731
@@ -153,7 +154,7 @@ def case(make, images):
     network = make("residual")
     labels = labelled(network, images)
     layer, (s, t) = next(iter(subspaces(network, images).items()))
-    return Trials(network, images, labels, 64, batch_size=8), Plain(network, images, labels), layer, s, t
+    return Trials(network, Labelled(images, labels), 64, batch_size=8), Plain(network, images, labels), layer, s, t
 
 
 def test_the_unaltered_layer_passes_without_a_look(case):
@@ -161,13 +162,13 @@ def test_the_unaltered_layer_passes_without_a_look(case):
     assert trials.correct == plain.correct == 56
     assert trials.passes(layer, s, t, layer.m, layer.n, 0.0)
     assert trials.likely(layer, s, t, layer.m, layer.n, 0.0)
-    assert trials.table().empty
+    assert evaluations_table(trials.evaluations).empty
 
 
 def test_a_table_without_a_row_has_its_columns(case):
-    empty = case[0].table()
+    empty = evaluations_table(case[0].evaluations)
     case[0].passes(*case[2:], 1, 1, 0.0)
-    assert list(empty.columns) == list(case[0].table().columns)
+    assert list(empty.columns) == list(evaluations_table(case[0].evaluations).columns)
 
 
 def test_a_trial_stops_when_its_verdict_is_certain_and_goes_on_for_another(case):
@@ -178,11 +179,11 @@ def test_a_trial_stops_when_its_verdict_is_certain_and_goes_on_for_another(case)
     asked = [0.0, 2.0, margin / 2, margin - 1.4, margin, margin + 3, 90.0]
     for epsilon in asked:
         assert trials.passes(layer, s, t, 1, layer.n, epsilon) == (epsilon >= margin)
-    table = trials.table()
+    table = evaluations_table(trials.evaluations)
     assert table.images.sum() <= 70
     assert table.images.iloc[0] < 70
     assert trials.passes(layer, s, t, 1, layer.n, margin)
-    assert len(trials.table()) == len(table) <= len(asked)
+    assert len(evaluations_table(trials.evaluations)) == len(table) <= len(asked)
 
 
 def test_a_larger_tolerance_goes_on_from_what_a_smaller_one_looked_at(case):
@@ -191,7 +192,7 @@ def test_a_larger_tolerance_goes_on_from_what_a_smaller_one_looked_at(case):
         for pair in pairs(layer):
             trials.likely(layer, s, t, *pair, epsilon)
             trials.passes(layer, s, t, *pair, epsilon)
-    table = trials.table()
+    table = evaluations_table(trials.evaluations)
     assert bool((table.images > 0).all())
     assert int(table.groupby(["layer", "k_s", "k_t"]).images.sum().max()) <= 70
 
@@ -199,12 +200,12 @@ def test_a_larger_tolerance_goes_on_from_what_a_smaller_one_looked_at(case):
 def test_a_verdict_that_is_known_is_no_row(case):
     trials, _, layer, s, t = case
     trials.passes(layer, s, t, 1, layer.n, 0.0)
-    assert len(trials.table()) == 1
+    assert len(evaluations_table(trials.evaluations)) == 1
     for ask in (trials.passes, trials.likely, trials.passes):
         ask(layer, s, t, 1, layer.n, 0.0)
-    assert len(trials.table()) == 1
+    assert len(evaluations_table(trials.evaluations)) == 1
     assert trials.passes(layer, s, t, 2, 1, 80.0)  # any result passes: 56 of 70 may be lost
-    assert len(trials.table()) == 1
+    assert len(evaluations_table(trials.evaluations)) == 1
 
 
 def test_the_hardest_images_come_first():
@@ -213,20 +214,20 @@ def test_the_hardest_images_come_first():
     hard = torch.tensor([[1.0, 1.1]]).repeat(4, 1)
     points = torch.cat([easy[:60], hard, easy[60:]])
     network, images = identity(2), points[..., None, None]
-    trials = Trials(network, images, points.argmax(1), 64, batch_size=4)
+    trials = Trials(network, Labelled(images, points.argmax(1)), 64, batch_size=4)
     ((layer, (s, t)),) = subspaces(network, images).items()
     assert not trials.likely(layer, s, t, 1, 2, 0.0)
     assert not trials.passes(layer, s, t, 1, 2, 0.0)
-    assert trials.table().images.tolist() == [4]
+    assert evaluations_table(trials.evaluations).images.tolist() == [4]
     assert trials.passes(layer, s, t, 1, 2, 100 * 4 / 104)
-    assert trials.table().images.tolist() == [4, 100]
+    assert evaluations_table(trials.evaluations).images.tolist() == [4, 100]
 
 
 def test_images_close_to_another_class_come_first_whether_right_or_wrong():
     """Margins by hand; after the probe of 2 images, those that were wrong."""
     margin = torch.tensor([5.0, -4.0, 0.5, 3.0, -0.2, 9.0, 8.0, -7.0, 6.0, 2.0])
     logits = torch.stack([margin, torch.zeros(10)], 1)
-    trials = Trials(nn.Identity(), logits, torch.zeros(10, dtype=torch.int64), 0, batch_size=1)
+    trials = Trials(nn.Identity(), Labelled(logits, torch.zeros(10, dtype=torch.int64)), 0, batch_size=1)
     assert trials.correct == 7
     order = torch.cat(list(trials._suffix.batches)).tolist()
     assert order == [4, 2, 7, 1, 9, 3, 0, 8, 6, 5]
@@ -236,12 +237,12 @@ def test_a_guess_looks_at_the_probe_and_takes_the_other_images_to_stay(case):
     """With 50 points to lose, the 14 images of the probe cannot tell."""
     trials, plain, layer, s, t = case
     assert trials.likely(layer, s, t, 2, layer.n, 50.0)
-    table = trials.table()
+    table = evaluations_table(trials.evaluations)
     assert table.certified.tolist() == [False]
     assert PROBE * 70 <= table.images[0] < PROBE * 70 + 8
     verdict = trials.passes(layer, s, t, 2, layer.n, 50.0)
     assert verdict == (plain.correct_at(layer, s, t, 2, layer.n) >= 21)
-    table = trials.table()
+    table = evaluations_table(trials.evaluations)
     assert table.certified.tolist() == [False, True]
     assert 0 < table.images[1] <= 70 - table.images[0]  # the certified verdict went on from there
 
@@ -255,12 +256,12 @@ def test_a_guess_may_be_wrong_either_way_and_the_verdict_is_not(label, guess):
     labels = points.argmax(1)
     labels[-4:] = label
     network, images = identity(2), points[..., None, None]
-    trials, plain = Trials(network, images, labels, 64, batch_size=4), Plain(network, images, labels)
+    trials, plain = Trials(network, Labelled(images, labels), 64, batch_size=4), Plain(network, images, labels)
     ((layer, (s, t)),) = subspaces(network, images[:100]).items()
     assert trials.likely(layer, s, t, 1, 2, 0.0) is guess
     assert trials.passes(layer, s, t, 1, 2, 0.0) is not guess
     assert (plain.correct_at(layer, s, t, 1, 2) >= plain.correct) is not guess
-    assert trials.table().certified.tolist() == [False, True]
+    assert evaluations_table(trials.evaluations).certified.tolist() == [False, True]
 
 
 def test_the_table_has_one_row_for_each_question_that_images_were_looked_at_for(case):
@@ -268,7 +269,7 @@ def test_the_table_has_one_row_for_each_question_that_images_were_looked_at_for(
     asked = [(1, 2), (2, 1), (1, 2), (layer.m, 1)]
     for pair in asked:
         trials.passes(layer, s, t, *pair, 10.0)
-    table = trials.table()
+    table = evaluations_table(trials.evaluations)
     assert list(table.columns) == [
         "layer", "epsilon", "k_s", "k_t", "certified", "images", "passes", "forwards", "seconds",
     ]  # fmt: skip
@@ -285,12 +286,12 @@ def test_the_table_has_one_row_for_each_question_that_images_were_looked_at_for(
 @pytest.mark.parametrize(("memory", "share"), [(0, 1.0), (64, None)], ids=["recomputed", "kept"])
 def test_forwards_are_the_part_of_the_images_times_the_part_of_the_network(make, images, memory, share, precision):
     network = make("residual")
-    trials = Trials(network, images, labelled(network, images), memory, precision, batch_size=8)
+    trials = Trials(network, Labelled(images, labelled(network, images)), memory, precision, batch_size=8)
     stem, conv1, conv2, head = 8 * 27 * 64, 8 * 36 * 64, 8 * 72 * 64, 8 * 5
     by_hand = share or (conv2 + head) / (stem + conv1 + conv2 + head)
     layer, (s, t) = next((x, both) for x, both in subspaces(network, images).items() if x.name == "conv2")
     trials.passes(layer, s, t, 1, layer.n, 5.0)
-    (row,) = trials.table().itertuples()
+    (row,) = evaluations_table(trials.evaluations).itertuples()
     assert row.forwards == pytest.approx(row.images / 70 * by_hand)
 
 
@@ -302,7 +303,7 @@ def bits(network: nn.Module) -> dict[str, Tensor]:
 def test_weights_are_as_they_were_to_the_bit(make, images, name):
     network = make(name)
     before, parameters = bits(network), list(map(id, network.parameters()))
-    trials = Trials(network, images, labelled(network, images), 64)
+    trials = Trials(network, Labelled(images, labelled(network, images)), 64)
     for layer, (s, t) in subspaces(network, images).items():
         trials.passes(layer, s, t, 1, 1, 0.0)
     assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
@@ -318,7 +319,7 @@ def test_weights_are_as_they_were_when_an_evaluation_raises(make, images, memory
     network = make("residual")
     labels = labelled(network, images)
     layer, (s, t) = next(iter(subspaces(network, images).items()))
-    trials, plain = Trials(network, images, labels, memory, batch_size=8), Plain(network, images, labels)
+    trials, plain = Trials(network, Labelled(images, labels), memory, batch_size=8), Plain(network, images, labels)
     trials.passes(layer, s, t, 2, 2, 0.0)  # moved to the layer
     before = bits(network)
     calls = []
@@ -340,7 +341,7 @@ def test_weights_are_as_they_were_when_an_evaluation_raises(make, images, memory
 def test_a_network_in_training_mode_is_judged_in_evaluation_mode(make, images):
     network = nn.Sequential(nn.Dropout(0.9), make("residual"))
     labels = labelled(network[1], images)
-    assert Trials(network.train(), images, labels, 64).correct == 56
+    assert Trials(network.train(), Labelled(images, labels), 64).correct == 56
 
 
 @given(correct=st.integers(0, 500), wrong=st.integers(0, 500), epsilon=st.floats(0, 100))
@@ -349,7 +350,7 @@ def test_needed_is_the_fewest_correct_images_within_epsilon(correct, wrong, epsi
     logits = torch.zeros(total, 2)
     logits[:, 0] = 1
     labels = (torch.arange(total) >= correct).long()
-    needed = Trials(nn.Identity(), logits, labels, 0).needed(epsilon)
+    needed = Trials(nn.Identity(), Labelled(logits, labels), 0).needed(epsilon)
     assert 100 * (correct - needed) / total <= epsilon + 1e-6
     assert 100 * (correct - (needed - 1)) / total > epsilon - 1e-6
 
@@ -361,4 +362,4 @@ BY_HAND = [(0, 180), (0.49, 180), (0.5, 179), (1.0, 178), (1.49, 178), (90, 0)]
 def test_needed_by_hand_with_180_of_200_correct(epsilon, needed):
     logits = torch.eye(2)[torch.zeros(200, dtype=torch.int64)]
     labels = (torch.arange(200) >= 180).long()
-    assert Trials(nn.Identity(), logits, labels, 0).needed(epsilon) == needed
+    assert Trials(nn.Identity(), Labelled(logits, labels), 0).needed(epsilon) == needed

@@ -75,7 +75,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, An
 
     header = {"json": json.dumps(metadata or {}, sort_keys=True)}
     with whole(path) as partial:
-        save_file({k: v.detach().contiguous() for k, v in tensors.items()}, partial, metadata=header)
+        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, partial, metadata=header)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

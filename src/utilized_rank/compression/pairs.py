@@ -7,14 +7,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from ..networks.padded import ASKED
 from ..ranks.layers import Layer, Weighted
 from .lowrank import Factors, patch_sizes
-
-ASKED = (
-    *("in_features", "out_features", "in_channels", "out_channels", "kernel_size", "stride"),
-    *("padding", "dilation", "groups", "padding_mode"),
-)
-"""What the code of a network may ask of its layers, beside their weights."""
 
 
 class Pair(nn.Sequential):

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..base.files import read_tensors, write_tensors
 from ..base.sections import StudyError
 from ..base.store import Store
+from ..networks.devices import CPU
 from .images import Files, Images, Split, stream
 from .sections import Augmentation
 
@@ -30,6 +31,8 @@ class Dataset:
     mean: list[float]
     """Of each channel over the training split, in [0, 1]."""
     std: list[float]
+    device: torch.device = CPU
+    """Where images are normalised and augmented; those that are kept as one array lie there."""
     searched: Tensor | None = None
     """Which test images are the search split of runs whose weights are given, bool (N,); None where none are."""
 
@@ -41,15 +44,20 @@ class Dataset:
 
     def normalised(self, images: Tensor) -> Tensor:
         """uint8 images (N, C, H, W) to float32 of zero mean and unit variance over the training split."""
-        mean = torch.tensor(self.mean).view(-1, 1, 1)
-        std = torch.tensor(self.std).view(-1, 1, 1)
-        return (images.float() / 255 - mean) / std
+        mean = torch.tensor(self.mean, device=self.device).view(-1, 1, 1)
+        std = torch.tensor(self.std, device=self.device).view(-1, 1, 1)
+        return (images.to(self.device, non_blocking=True).float() / 255 - mean) / std
 
     def augmented(self, images: Tensor, how: Augmentation, generator: torch.Generator) -> Tensor:
         """uint8 images (N, C, H, W), each under its own random change, normalised."""
+        images = images.to(self.device, non_blocking=True)
         if how.crop:
             images = cropped(images, how.crop, generator)
         return augment(self.normalised(images), how, generator)
+
+    def on(self, device: torch.device) -> Dataset:
+        """The same images on a device; those that are files come there batch by batch."""
+        return replace(self, device=device, splits={name: split.on(device) for name, split in self.splits.items()})
 
     def normalised_by(self, mean: Sequence[float] | None, std: Sequence[float] | None) -> Dataset:
         """The same images, normalised with other values of each channel where they are given.
@@ -71,12 +79,6 @@ class Dataset:
         test, searched = self.splits["test"], self.searched
         halves = {"search": test.part(searched.nonzero().flatten()), "test": test.part((~searched).nonzero().flatten())}
         return replace(self, splits=self.splits | halves, searched=None)
-
-    @property
-    def search_images(self) -> int:
-        """How many images the smallest search split of a run has."""
-        counts = [len(self.splits["search"])] + ([] if self.searched is None else [int(self.searched.sum())])
-        return min(counts)
 
     def inputs(self, split: str, first: int | None = None) -> Inputs:
         """The normalised images of a split (its first ``first`` of them)."""
@@ -148,7 +150,8 @@ def load(store: Store) -> Dataset:
         return Files(store.main / folder, names, *how)
 
     splits = {name: Split(images(name), tensors[f"{name}.labels"]) for name in SPLITS}
-    return Dataset(splits, described["classes"], described["mean"], described["std"], tensors.get("test.searched"))
+    searched = tensors.get("test.searched")
+    return Dataset(splits, described["classes"], described["mean"], described["std"], searched=searched)
 
 
 def cropped(images: Tensor, pixels: int, generator: torch.Generator) -> Tensor:
@@ -156,8 +159,10 @@ def cropped(images: Tensor, pixels: int, generator: torch.Generator) -> Tensor:
     count, _, height, width = images.shape
     around = F.pad(images, 4 * [pixels])
     down, across = torch.randint(0, 2 * pixels + 1, (2, count, 1), generator=generator)
-    rows, columns = down + torch.arange(height), across + torch.arange(width)  # (N, H), (N, W)
-    some = torch.arange(count).view(-1, 1, 1)
+    # Chosen by the processor's generator, whatever the device: the same for all of them.
+    rows = (down + torch.arange(height)).to(images.device)  # (N, H)
+    columns = (across + torch.arange(width)).to(images.device)  # (N, W)
+    some = torch.arange(count, device=images.device).view(-1, 1, 1)
     # Indices on both sides of a slice put what they choose first: (N, H, W, C).
     return around[some, :, rows.unsqueeze(2), columns.unsqueeze(1)].permute(0, 3, 1, 2)
 
@@ -170,10 +175,11 @@ def augment(images: Tensor, how: Augmentation, generator: torch.Generator) -> Te
     count = len(images)
 
     def draw(largest: float) -> Tensor:  # uniform in [-largest, largest], (N,)
-        return (torch.rand(count, generator=generator) * 2 - 1) * largest
+        return ((torch.rand(count, generator=generator) * 2 - 1) * largest).to(images.device)
 
     angle, scale = draw(math.radians(how.rotate)), 1 + draw(how.scale)
-    mirror = torch.where(torch.rand(count, generator=generator) < 0.5, -1.0, 1.0) if how.flip else 1.0
+    mirrored = torch.rand(count, generator=generator) < 0.5 if how.flip else torch.zeros(count, dtype=torch.bool)
+    mirror = torch.where(mirrored, -1.0, 1.0).to(images.device)
     cos, sin = angle.cos() * scale, angle.sin() * scale
     rows = [torch.stack([cos * mirror, -sin, draw(2 * how.shift)], 1)]
     rows += [torch.stack([sin * mirror, cos, draw(2 * how.shift)], 1)]
@@ -182,5 +188,5 @@ def augment(images: Tensor, how: Augmentation, generator: torch.Generator) -> Te
     if how.contrast:
         images = images * (1 + draw(how.contrast)).view(-1, 1, 1, 1)
     if how.noise:
-        images = images + how.noise * torch.randn(images.shape, generator=generator)
+        images = images + how.noise * torch.randn(images.shape, generator=generator).to(images.device)
     return images

@@ -73,6 +73,11 @@ class Split:
         """Some of them."""
         return Split(part(self.images, which), self.labels[which])
 
+    def on(self, device: torch.device) -> Split:
+        """The same on a device; files stay where they are."""
+        images = self.images.to(device) if isinstance(self.images, Tensor) else self.images
+        return Split(images, self.labels.to(device))
+
     def batches(self, batches: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         """Images and labels of each batch of indices."""
         for rows, images in zip(batches, stream(self.images, batches), strict=True):
@@ -95,7 +100,14 @@ def stream(images: Images, batches: Sequence[Tensor]) -> Iterator[Tensor]:
     # Its own generator: a loader draws a seed from torch's, and images must not change what else is drawn.
     generator = torch.Generator().manual_seed(0)
     files = cast(Any, _Caught(images))
-    loader: DataLoader[Any] = DataLoader(files, None, sampler=sampler, num_workers=images.workers, generator=generator)
+    loader: DataLoader[Any] = DataLoader(
+        files,
+        None,
+        sampler=sampler,
+        num_workers=images.workers,
+        generator=generator,
+        pin_memory=torch.cuda.is_available(),
+    )
     for batch in loader:
         if isinstance(batch, str):
             raise StudyError(batch)

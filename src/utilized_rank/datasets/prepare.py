@@ -110,7 +110,7 @@ def build(data: Data, seed: int, root: Path) -> tuple[Dataset, dict[str, list[in
     if data.search_from == "test":
         searched = _half(splits["test"].labels, source.classes, seed)
         indices |= {"test_searched": indices["test"][searched], "test_reported": indices["test"][~searched]}
-    dataset = Dataset({name: splits[name] for name in SPLITS}, source.classes, *statistics, searched)
+    dataset = Dataset({name: splits[name] for name in SPLITS}, source.classes, *statistics, searched=searched)
     return dataset, {name: rows.tolist() for name, rows in indices.items()}
 
 

@@ -1,4 +1,4 @@
-"""What the library needs of a network: attention made explicit, cost, predictions, a part of it run alone.
+"""What the library needs of a network: attention made explicit, layers made plain, cost, predictions, a part run alone.
 
 The library begins here: it knows no study, no file and no image format. Uses none of the other rooms.
 """

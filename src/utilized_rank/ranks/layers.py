@@ -110,7 +110,8 @@ def countable(network: nn.Module) -> Selection:
 
     Depthwise convolutions are left out: with one input channel and one output channel a group,
     their rank is 1 by construction and says nothing about the data. So is the inside of
-    ``nn.MultiheadAttention``, which never calls its projections as modules, and what has a forward of its own.
+    ``nn.MultiheadAttention``, which never calls its projections as modules, and what has a forward of its own or
+    computes its weight: :func:`utilized_rank.networks.plain.plain` makes layers of most of them.
     """
     layers: list[Layer] = []
     left_out: dict[str, str] = {}
@@ -128,7 +129,9 @@ def countable(network: nn.Module) -> Selection:
         elif isinstance(module, nn.Conv2d) and 1 < module.groups == module.in_channels == module.out_channels:
             left_out[name] = "depthwise convolution: one channel a group"
         elif isinstance(module, Weighted):
-            if type(module).forward in (nn.Linear.forward, nn.Conv2d.forward):
+            if "weight" not in module._parameters:  # setting it would be undone, or go through a parametrization
+                left_out[name] = f"{type(module).__name__}: its weight is computed whenever it is called"
+            elif type(module).forward in (nn.Linear.forward, nn.Conv2d.forward):
                 layers.append(Layer(name, module))
             else:  # timm's Conv2dSame pads by itself, its StdConv2d standardises the weight
                 left_out[name] = f"{type(module).__name__}: computes something else than its class of torch.nn"

@@ -232,7 +232,11 @@ def to_tensors(moments: dict[str, Moments]) -> dict[str, Tensor]:
     return flat
 
 
-def from_tensors(flat: dict[str, Tensor]) -> dict[str, Moments]:
-    """Undo :func:`to_tensors`."""
+def from_tensors(flat: dict[str, Tensor], device: torch.device = CPU) -> dict[str, Moments]:
+    """Undo :func:`to_tensors`, for a network on ``device``."""
     names = [key.removesuffix(".products") for key in flat if key.endswith(".products")]
-    return {n: Moments(flat[f"{n}.products"], flat[f"{n}.total"], int(flat[f"{n}.count"])) for n in names}
+    there = sums_on(device)
+    return {
+        n: Moments(flat[f"{n}.products"].to(there), flat[f"{n}.total"].to(there), int(flat[f"{n}.count"]))
+        for n in names
+    }

@@ -22,7 +22,8 @@ from ..stages.notebooks import STAGES, executed_name, keys_of
 from ..study.config import Study
 from .figures import style
 from .figures.frontier import latency
-from .tables import latencies, mlu_column, result, timed
+from .tables import mlu_column, result
+from .timings import latencies, timed
 
 TEMPLATES = Path(str(files("utilized_rank.report") / "templates"))
 FORMULA = re.compile(r"\$\$(.+?)\$\$|\$(?!\s)([^$\n]+?)(?<!\s)\$", re.DOTALL)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from ..base.files import read_json, read_table
 from ..base.store import Store
 from ..study.config import Study
-from ..study.sections import DEFAULT_EPSILONS, FROM_SCRATCH, Comparison, Run
+from ..study.sections import FROM_SCRATCH, Comparison, Run
 
 METHOD_NAMES = {
     "dense": "dense",
@@ -138,59 +137,6 @@ def compression(all_steps: pd.DataFrame, method: str) -> pd.DataFrame:
             "FLOPs kept %": 100 * shown.flops_kept,
         }
     )
-
-
-def timings(store: Store, stage: str, key: str) -> pd.DataFrame:
-    """How long the low-rank networks took that ``decompose`` or ``frontier`` made of one run, as measured here.
-
-    Columns as in ``decompose.latency``, with method, and epsilon or ranks; empty where nothing was timed here. Results
-    may have come from a cache since: times of networks that are not those of the results are left out.
-    """
-    path = store.data("timings", f"{stage}-{key}.csv")
-    if not path.is_file():
-        return pd.DataFrame()
-    made = rows(store, stage, key)
-    of = ["ranks" if "ranks" in made else "epsilon", "method"]
-    kept = made[made.form == "decomposed"].assign(kept=made.flops / made[made.form == "original"].flops.iloc[0])
-    times = read_table(path).merge(kept[[*of, "kept"]], on=of)
-    return times[np.isclose(times.flops_kept, times.kept)].drop(columns="kept")
-
-
-def latencies(study: Study, store: Store) -> pd.DataFrame:
-    """How long each low-rank network takes beside its original: one row a network, choice of ranks and method."""
-    parts = []
-    for stage, keys in (("decompose", study.runs), ("frontier", study.frontier)):
-        for key in keys:
-            timed = timings(store, stage, key)
-            if len(timed):
-                parts.append(
-                    pd.DataFrame(
-                        {
-                            "network": study.runs[key].label,
-                            "ranks": timed.ranks if "ranks" in timed else [f"ε = {e:g}" for e in timed.epsilon],
-                            "weights": timed.method.map(METHOD_NAMES),
-                            "images at a time": timed.images,
-                            "original, ms": 1000 * timed.original,
-                            "decomposed, ms": 1000 * timed.decomposed,
-                            "time kept %": 100 * timed.decomposed / timed.original,
-                            "FLOPs kept %": 100 * timed.flops_kept,
-                        }
-                    )
-                )
-    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
-
-
-def timed(study: Study, store: Store) -> pd.DataFrame:
-    """The frontier's networks before training whose time was taken here: their results, label and time_kept."""
-    parts = []
-    for key in study.frontier:
-        times = timings(store, "frontier", key)
-        if len(times):
-            times["time_kept"] = times.decomposed / times.original
-            made = rows(store, "frontier", key)
-            made = made[made.form == "decomposed"].assign(label=study.runs[key].label)
-            parts.append(made.merge(times[["ranks", "method", "time_kept"]], on=["ranks", "method"]))
-    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
 
 
 def training_kinds(study: Study, store: Store, comparison: Comparison) -> pd.DataFrame:
@@ -349,103 +295,3 @@ def frontier_seeds(study: Study, store: Store) -> pd.DataFrame:
                 )
             )
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
-
-
-def sheets(study: Study, store: Store, record: dict[str, Any], all_steps: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """Every table of the report that has rows, by the name of its file.
-
-    Args:
-        study: its parameters.
-        store: its folders.
-        record: the provenance.
-        all_steps: as :func:`steps` gives them.
-    """
-    made = {
-        "table1-utilization": utilization(study, store),
-        "repeats": repeats(study, store, all_steps),
-        "table2-compression": compression(all_steps, best(study)),
-        "table3-training": by_training(study, store),
-        "table4-methods": methods(all_steps),
-        "table5-settings": settings(study, store, record),
-        "table6-frontier": frontier(study, store),
-        "frontier-seeds": frontier_seeds(study, store),
-    }
-    return {name: sheet for name, sheet in made.items() if len(sheet)}
-
-
-def summary(study: Study, store: Store, all_steps: pd.DataFrame) -> dict[str, Any]:
-    """The headline numbers of every run: accuracy, MLU, and what is kept and lost after fine-tuning.
-
-    Of a run that has a frontier, too: by weights, choice of ranks and step, of the first seed.
-    """
-    runs: dict[str, Any] = {}
-    low_rank = tuned(study, all_steps)
-    for key in study.runs:
-        compressed = {f"{row.epsilon:g}": _kept_and_lost(row) for row in low_rank[low_rank.run == key].itertuples()}
-        runs[key] = {
-            "label": study.runs[key].label,
-            "training": training_name(study, study.runs[key]),
-            "supervision": supervision(study, study.runs[key]),
-            "test_accuracy": result(store, "train", key)["test_accuracy"],
-            "mlu": result(store, "measure", key)["mlu"],
-            "finetuned": compressed,
-        }
-    for key in study.frontier:
-        made = rows(store, "frontier", key)
-        whole = made[made.form == "original"].iloc[0]
-        kept = {"parameters_kept": made.parameters / whole.parameters, "flops_kept": made.flops / whole.flops}
-        made = made.assign(**kept)[(made.seed.fillna(0) == 0) & (made.form != "original")]
-        of: dict[str, dict[str, Any]] = {method: {} for method in made.method.unique()}
-        for row in made.itertuples():
-            of[row.method].setdefault(row.ranks, {})[row.form] = _kept_and_lost(row)
-        runs[key]["frontier"] = of
-    return runs
-
-
-def _kept_and_lost(row: Any) -> dict[str, float]:
-    return {
-        name: getattr(row, name) for name in ("parameters_kept", "flops_kept", "change", "change_low", "change_high")
-    }
-
-
-def settings(study: Study, store: Store, record: dict[str, Any]) -> pd.DataFrame:
-    """Table 5: every parameter by its name in params.yaml, defaults included; what was looked at; and by what.
-
-    Args:
-        study: its parameters.
-        store: its folders.
-        record: the provenance.
-    """
-    found: dict[str, Any] = {"runs": {key: _looked_at(study, store, key) for key in study.runs}}
-    if study.measure.by_default:
-        by_default = f"by default {[*DEFAULT_EPSILONS]}, none finer than one search image"
-        found["tolerances"] = f"{study.measure.epsilons}: {by_default}"
-    found["machine"] = {key: record[key] for key in ("processor", "system", "python", "packages")}
-    flat = _flatten(study.model_dump(), "") | _flatten(found, "found: ")
-    return pd.DataFrame({"parameter": list(flat), "value": [_text(value) for value in flat.values()]})
-
-
-def _looked_at(study: Study, store: Store, key: str) -> dict[str, Any]:
-    """How many images, evaluations and passes one run's numbers rest on."""
-    trained, measured = result(store, "train", key), result(store, "measure", key)
-    return {
-        "calibration images": measured["calibration_images"],
-        "search images": measured["search_images"],
-        **({"search split": SEARCHED[study.search_from(key)]} if searches_test(study) else {}),
-        "test images": trained["test_images"],
-        "evaluations of the rank search": measured["evaluations"],
-        "passes of the search split": round(measured["passes_of_the_search_split"], 1),
-        "precision of the rank search": measured["search_precision"],
-    }
-
-
-def _flatten(value: dict[str, Any], prefix: str) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, item in value.items():
-        name = f"{prefix}{key}"
-        flat |= _flatten(item, f"{name}.") if isinstance(item, dict) and item else {name: item}
-    return flat
-
-
-def _text(value: Any) -> str:
-    return "null" if value is None else f"{value:g}" if isinstance(value, float) else str(value)

@@ -14,7 +14,6 @@ from ..compression.lowrank import weights_a_rank
 from ..compression.pairs import restructure
 from ..compression.policies import Joint
 from ..datasets.data import Dataset
-from ..networks.attention import explicit
 from ..networks.evaluation import Labelled
 from ..ranks.layers import Layer
 from ..ranks.moments import Moments
@@ -93,7 +92,7 @@ def boundaries(made: Compression, policies: list[Policy]) -> dict[str, Joint]:
 
 
 def untrained(
-    model: Model, shape: tuple[int, int, int], classes: int, split: bool, forms: dict[str, list[Any]]
+    model: Model, shape: tuple[int, int, int], classes: int, qkv: str, forms: dict[str, list[Any]]
 ) -> nn.Module:
     """A network in the forms of a decomposed one, with random weights.
 
@@ -101,10 +100,10 @@ def untrained(
         model: of the original.
         shape: channels, height and width of an image.
         classes: how many.
-        split: whether fused projections of queries, keys and values are three layers.
+        qkv: as of :func:`models.load`.
         forms: as in ``Decomposed.forms``.
     """
-    network = explicit(models.build(model, shape, classes), split)
+    network = models.callable_layers(models.build(model, shape, classes), shape, qkv)
     restructure(network, forms)
     return network
 

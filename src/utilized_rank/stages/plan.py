@@ -14,7 +14,6 @@ from ..compression.policies import STEPS
 from ..datasets import sources
 from ..datasets.prepare import DESCRIBING, split_counts
 from ..networks import cost
-from ..networks.attention import explicit
 from ..networks.evaluation import BATCH, received
 from ..ranks.layers import countable
 from ..study.config import Study
@@ -49,10 +48,10 @@ class Shape:
     """Likewise, the most that flows into one layer."""
 
 
-def network_shape(model: Model, shape: tuple[int, int, int], classes: int, split: bool) -> Shape:
+def network_shape(model: Model, shape: tuple[int, int, int], classes: int, qkv: str) -> Shape:
     """Measure a network without memory for its weights."""
     with torch.device("meta"):
-        network = explicit(models.build(model, shape, classes), split).eval()
+        network = models.callable_layers(models.build(model, shape, classes), shape, qkv)
         layers = countable(network).layers
         modules: list[nn.Module] = [layer.module for layer in layers]
         flows = [4 * inputs.numel() for _, inputs in received(network, modules, torch.empty(1, *shape))]
@@ -118,14 +117,12 @@ def plan(study: Study, root: Path) -> pd.DataFrame:
     scales = {
         name: everything.searching_test() if study.search_from(name) == "test" else everything for name in study.runs
     }
-    split = study.measure.qkv == "split"
     needs = {("prepare", ""): _prepare(everything)}
     for name, made in study.pretrained.items():
-        of = network_shape(made.model, everything.shape, everything.classes, split=False)
+        of = network_shape(made.model, everything.shape, everything.classes, "fused")
         needs["pretrain", name] = _pretrain(made, of, everything)
-    shapes = {
-        name: network_shape(run.model, everything.shape, everything.classes, split) for name, run in study.runs.items()
-    }
+    of_images = everything.shape, everything.classes
+    shapes = {name: network_shape(run.model, *of_images, study.measure.qkv) for name, run in study.runs.items()}
     for name, run in study.runs.items():
         of, scale = shapes[name], scales[name]
         needs["train", name] = _train(run.train, of, scale)

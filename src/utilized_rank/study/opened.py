@@ -1,14 +1,13 @@
-"""A study as it is opened: its parameters, its folders, and what one of its runs sees."""
+"""A study as it is opened: its parameters and its folders."""
 
 from __future__ import annotations
 
 from ..base.files import read_json
 from ..base.sections import StudyError
 from ..base.store import Store
-from ..datasets import data
-from ..datasets.data import Dataset
 from .config import Study
 from .homes import load_study, project_root, study_home
+from .tolerances import search_images
 
 
 def open_study(name: str | None = None) -> tuple[Study, Store]:
@@ -32,15 +31,6 @@ def open_study(name: str | None = None) -> tuple[Study, Store]:
     store = Store(study.name, root)
     splits = store.data("prepare", "splits.json")
     if not study.measure.epsilons and splits.is_file():
-        indices = read_json(splits)
-        smallest = min(len(indices[name]) for name in ("search", "test_searched") if name in indices)
-        measure = study.measure.resolved(smallest)
+        measure = study.measure.resolved(search_images(read_json(splits)))
         study = study.model_copy(update={"measure": measure})
     return study, store
-
-
-def dataset_of(study: Study, store: Store, run: str) -> Dataset:
-    """A study's data set as one run sees it: in its own splits, normalised as its model says."""
-    model = study.runs[run].model
-    dataset = data.load(store).normalised_by(model.mean, model.std)
-    return dataset.searching_test() if study.search_from(run) == "test" else dataset

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ..base.files import file_hash
+from ..base.runtime import device as runtime_device
+from ..base.runtime import device_name, processor
 from ..networks.precision import resolved
 from .config import Study
 
@@ -27,17 +29,6 @@ def parameter_hash(study: Study) -> str:
     return hashlib.sha256(json.dumps(study.model_dump(), sort_keys=True).encode()).hexdigest()
 
 
-def processor() -> str:
-    """The processor's model name, as the system gives it."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
 def provenance(study: Study, data: list[Path], root: Path) -> dict[str, Any]:
     """The record that lies beside a study's results.
 
@@ -48,7 +39,7 @@ def provenance(study: Study, data: list[Path], root: Path) -> dict[str, Any]:
 
     A git revision is left out on purpose: committing the record would change it.
     """
-    root = root.absolute()
+    root, device = root.absolute(), runtime_device()
     code = [*root.glob("src/**/*.py"), *root.glob(f"data/{study.name}/notebooks/*.ipynb")]  # the notebooks as they run
     return {
         "study": study.name,
@@ -58,11 +49,12 @@ def provenance(study: Study, data: list[Path], root: Path) -> dict[str, Any]:
         "data": tree_hash([path.absolute() for path in data], root),
         "seed": study.seed,
         "precision": {
-            "training": resolved(study.precision),
-            "rank search": resolved(study.measure.precision),
+            "training": resolved(study.precision, device.type),
+            "rank search": resolved(study.measure.precision, device.type),
             "evaluation": "float32",
             "sums of second moments": "float64",
         },
+        "device": device.type if device.type == "cpu" else f"{device.type} ({device_name(device)})",
         "threads": study.threads,
         "processor": processor(),
         "system": f"{platform.system()} {platform.machine()}",

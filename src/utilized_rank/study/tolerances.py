@@ -6,7 +6,6 @@ import sys
 from collections.abc import Iterable
 
 from ..base.sections import StudyError
-from ..datasets.data import Dataset
 from .sections import DEFAULT_EPSILONS, Measure
 
 
@@ -25,7 +24,12 @@ def check_resolution(images: int, epsilons: list[float], where: str = "measure.e
             )
 
 
-def tolerances(dataset: Dataset, measure: Measure) -> list[float]:
+def search_images(indices: dict[str, list[int]]) -> int:
+    """How many images the smallest search split of a run has, from the indices of all splits."""
+    return min(len(indices[name]) for name in ("search", "test_searched") if name in indices)
+
+
+def tolerances(images: int, measure: Measure) -> list[float]:
     """The tolerances of a study, in points: those it names, or default ones that its search splits resolve.
 
     Says so on standard error where a default one had to give way.
@@ -33,7 +37,6 @@ def tolerances(dataset: Dataset, measure: Measure) -> list[float]:
     Raises:
         StudyError: as :func:`check_resolution`.
     """
-    images = dataset.search_images
     check_resolution(images, measure.epsilons)
     found = measure.resolved(images).epsilons
     if not measure.epsilons and found != list(DEFAULT_EPSILONS):

@@ -55,6 +55,7 @@ def fit(
         FloatingPointError: the loss is no longer finite; names the epoch.
     """
     parameters = [p for p in parameters if p.requires_grad]
+    device = parameters[0].device
     optimizer = _optimizer(parameters, recipe)
     # The last, smaller batch is dropped (batch norm needs more than a few), unless it is the only one.
     batch_size = min(recipe.batch_size, len(split))
@@ -63,16 +64,17 @@ def fit(
     curve = []
     for epoch in tqdm(range(1, recipe.epochs + 1), desc=title, unit="epoch"):
         order = torch.randperm(len(split), generator=generator)[: steps * batch_size]
-        total, rate = 0.0, optimizer.param_groups[0]["lr"]
+        sums, rate = torch.zeros((), dtype=torch.float64, device=device), optimizer.param_groups[0]["lr"]
         for images, labels in split.batches(order.split(batch_size)):
-            with autocast(precision):
+            with autocast(precision, device.type):
                 value = loss(images, labels)
             optimizer.zero_grad(set_to_none=True)
             value.backward()
             nn.utils.clip_grad_norm_(parameters, 5.0)
             optimizer.step()
             schedule.step()
-            total += value.item()
+            sums += value.detach()
+        total = sums.item()  # once an epoch: a device is waited for
         if not math.isfinite(total):
             raise FloatingPointError(f"{title}: the loss is not finite in epoch {epoch}; try a smaller lr")
         curve.append({"epoch": epoch, "lr": rate, "loss": total / steps, **after_epoch()})

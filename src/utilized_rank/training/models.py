@@ -17,6 +17,8 @@ from ..base.files import file_hash, read_tensors
 from ..base.sections import StudyError
 from ..datasets.images import CHANNELS
 from ..networks.attention import explicit
+from ..networks.devices import device_of
+from ..networks.plain import plain
 from .sections import Model
 
 Shape = tuple[int, int, int]
@@ -215,7 +217,21 @@ def load(path: Path, model: Model, shape: Shape, classes: int, qkv: str = "fused
     """
     network = build(model, shape, classes)
     network.load_state_dict(read_tensors(path)[0])
-    return explicit(network, qkv == "split").eval()
+    return callable_layers(network, shape, qkv)
+
+
+def callable_layers(network: nn.Module, shape: Shape, qkv: str) -> nn.Module:
+    """The network itself, in evaluation mode, all of whose layers are called with what they really multiply.
+
+    Args:
+        network: changed in place.
+        shape: of images: channels, height, width.
+        qkv: as of :func:`load`.
+    """
+    explicit(network, qkv == "split").eval()
+    generator = torch.Generator("cpu").manual_seed(0)
+    plain(network, torch.randn(1, *shape, generator=generator, device="cpu").to(device_of(network)))
+    return network
 
 
 def classifier(network: nn.Module) -> nn.Linear:

@@ -85,7 +85,7 @@ def pretrain_simclr(
 ) -> pd.DataFrame:
     """Train ``network`` to give two augmentations of one image like features, without labels; returns the curve."""
     head = classifier(network)
-    projection = SimCLRProjectionHead(head.in_features, head.in_features, recipe.projection_dim)
+    projection = SimCLRProjectionHead(head.in_features, head.in_features, recipe.projection_dim).to(head.weight.device)
     encoder, contrast = Encoder(network), NTXentLoss(recipe.temperature)
 
     def view(images: Tensor) -> Tensor:
@@ -138,13 +138,13 @@ def pretrain_mae(
             ),
             "pixels": nn.Linear(width, side**2 * dataset.shape[0]),
         }
-    )
+    ).to(dataset.device)
 
     def loss(images: Tensor, labels: Tensor) -> Tensor:
         network.train()
         changed = dataset.augmented(images, recipe.augmentation, generator)
         size = (len(images), encoder.sequence_length)
-        seen, hidden = utils.random_token_mask(size, recipe.mask_ratio)
+        seen, hidden = utils.random_token_mask(size, recipe.mask_ratio, device=dataset.device)
         tokens = decoder["embed"](encoder.encode(changed, idx_keep=seen))
         full = utils.repeat_token(decoder["tokens"].mask_token, size)
         full = utils.set_at_index(full, seen, tokens.type_as(full))

@@ -75,7 +75,7 @@ def latency(timed: pd.DataFrame) -> Figure:
     """Change of accuracy before training against measured time, one panel a network.
 
     Args:
-        timed: as ``tables.timed`` gives it.
+        timed: as ``timings.timed`` gives it.
     """
     labels = list(dict.fromkeys(timed.label))
     figure, grid = plt.subplots(1, len(labels), figsize=(5.6 * len(labels) + 1.6, 4.2), squeeze=False)

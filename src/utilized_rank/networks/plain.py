@@ -1,0 +1,326 @@
+"""Layers that pad by themselves or compute their weight, as plain ones that are called with what is really multiplied.
+
+TensorFlow's padding, standardised and normalised weights, weights that are stored transposed: each is a module with
+a forward of its own around one convolution or matrix product. What is passed to that product is watched, and a plain
+layer with that weight takes the module's place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
+from torch.utils import _pytree as pytree
+
+from .batches import call
+from .padded import Padded, SamePad
+from .products import Amounts, Product, Sides, Watch
+
+WEIGHTED = (nn.Linear, nn.Conv2d)
+AGREE = 1e-5
+"""How far outputs may lie apart, over the largest of them: of a layer, in float32."""
+NETWORKS_AGREE = 1e-3
+"""Likewise of a whole network, whose layers add up."""
+SCALE = -8.0
+"""Inputs that a module is tried on beside its own are these times larger: what is not linear shows."""
+NOTHING = "multiplies its input by nothing"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A module on one input, and the product inside."""
+
+    inputs: Tensor
+    outputs: Tensor
+    product: Product
+
+
+class Stays(Exception):
+    """Why a module is not replaced."""
+
+
+@torch.no_grad()
+def plain(network: nn.Module, batch: Any) -> dict[str, str]:
+    """Turn every layer that pads by itself or computes its weight into a plain one that is called, where that can be.
+
+    That is: linear layers and two-dimensional convolutions with a forward of their own or a weight that is no
+    parameter (normalised, parametrized, pruned), and modules without parts whose one matrix is multiplied by their
+    input. One with zeros around its input that no convolution has of its own becomes a :class:`Padded`: the layer is
+    its part ``conv``. Each is replaced only if it was called with one tensor, multiplies it once, by the same weight
+    for different inputs, and the plain layer then gives its outputs; all together only if the network then gives
+    its own. On the meta device, where there are no values, what is called decides alone.
+
+    Depthwise convolutions are among them: torch.fx cannot trace through what asks for the size of an image. The inside
+    of ``nn.MultiheadAttention`` is not: see :func:`utilized_rank.networks.attention.explicit`, which goes before.
+
+    Args:
+        network: changed in place. It computes the same in evaluation; trained on, the weights themselves are learned.
+        batch: an example of what it is called with, on its device: ``network(x)``, ``network(*x)`` of a tuple,
+            ``network(**x)`` of a dict.
+
+    Returns:
+        Why those that could be meant stay as they are, by name.
+    """
+    modes = {module: module.training for module in network.modules()}
+    network.eval()
+    try:
+        with torch.random.fork_rng():  # some networks draw at random in evaluation, too
+            candidates = {name: module for name, module in network.named_modules() if name and _is_meant(module)}
+            for name in _inside(network, (nn.MultiheadAttention, ParametrizationList)):
+                candidates.pop(name, None)
+            expected, inputs = _called(network, batch, list(candidates.values()))
+            made, stay = _layers(candidates, inputs)
+            for old, new in made.items():
+                new.train(modes[old])
+            refused = _put_where_same(network, made, lambda: _same_network(network, batch, expected))
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    names = {module: name for name, module in candidates.items()}
+    return stay | {names[old]: _reason(old, "the network does something else with it than call it") for old in refused}
+
+
+def _is_meant(module: nn.Module) -> bool:
+    if isinstance(module, WEIGHTED):
+        is_own = type(module).forward not in (nn.Linear.forward, nn.Conv2d.forward)
+        return is_own or "weight" not in module._parameters
+    matrices = [parameter for parameter in module.parameters(recurse=False) if parameter.ndim == 2]
+    return len(matrices) == 1 and not any(module.children())
+
+
+def _inside(network: nn.Module, kinds: tuple[type[nn.Module], ...]) -> Iterator[str]:
+    for name, module in network.named_modules():
+        if isinstance(module, kinds):
+            yield from (f"{name}.{part}" if name else part for part, _ in module.named_modules() if part)
+
+
+def _reason(module: nn.Module, why: object) -> str:
+    return f"{type(module).__name__}: {why}"
+
+
+def _run(network: nn.Module, batch: Any) -> Any:
+    torch.manual_seed(0)
+    return call(network, batch)
+
+
+def _called(network: nn.Module, batch: Any, modules: list[nn.Module]) -> tuple[Any, dict[nn.Module, Tensor | None]]:
+    """What the network gives, and what each module is first called with; None where that is not one tensor."""
+    seen: dict[nn.Module, Tensor | None] = {}
+
+    def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        is_one = len(args) == 1 and not kwargs and isinstance(args[0], Tensor)
+        if not is_one:
+            seen[module] = None
+        elif module not in seen:
+            seen[module] = args[0].clone()  # the network may change it in place later on
+
+    with _hooks([module.register_forward_pre_hook(look, with_kwargs=True) for module in modules]):
+        return _run(network, batch), seen
+
+
+@contextmanager
+def _hooks(handles: list[torch.utils.hooks.RemovableHandle]) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _layers(
+    candidates: dict[str, nn.Module], inputs: dict[nn.Module, Tensor | None]
+) -> tuple[dict[nn.Module, nn.Module], dict[str, str]]:
+    """The layers in place of modules, and why the others stay."""
+    made: dict[nn.Module, nn.Module] = {}
+    stay: dict[str, str] = {}
+    for name, module in candidates.items():
+        if any(module in old.modules() for old in made):
+            continue
+        try:
+            made[module] = _layer(module, inputs)
+        except Stays as why:
+            if isinstance(module, WEIGHTED) or str(why) != NOTHING:
+                stay[name] = _reason(module, why)
+    return made, stay
+
+
+def _layer(module: nn.Module, inputs: dict[nn.Module, Tensor | None]) -> nn.Module:
+    """The plain layer that gives what ``module`` does.
+
+    Raises:
+        Stays: there is none.
+    """
+    if module not in inputs:
+        raise Stays("is not called" if isinstance(module, WEIGHTED) else NOTHING)
+    x = inputs[module]
+    if x is None:
+        raise Stays("is called with something else than one tensor")
+    first = _watched(module, x)
+    runs = [first, *(_watched(module, other) for other in _others(first))]
+    if not all(_same(first.product.weight, run.product.weight, AGREE) for run in runs):
+        raise Stays("its weight depends on its input")
+    layer = _linear(module, first.product) if first.product.how is None else _convolution(module, runs)
+    for run in runs:
+        if not _same(layer(run.inputs), run.outputs, AGREE):
+            raise Stays("computes something beside its product")
+    return layer
+
+
+def _watched(module: nn.Module, x: Tensor) -> Run:
+    """Run a module alone.
+
+    Raises:
+        Stays: it does not multiply its input once.
+    """
+    try:
+        with Watch() as seen:
+            outputs = module(x)
+    except Exception as error:  # the module's own code, which may refuse what the network does not give it
+        raise Stays(f"refuses an input ({error})") from error
+    if not seen.products:
+        raise Stays(NOTHING)
+    if len(seen.products) > 1:
+        raise Stays(f"multiplies {len(seen.products)} times")
+    product = seen.products[0]
+    if product.weight.ndim != (2 if product.how is None else 4) or not isinstance(outputs, Tensor):
+        raise Stays("multiplies by something else than one matrix")
+    if not _is_of(product, x):
+        raise Stays("multiplies something else than its input")
+    return Run(x, outputs, product)
+
+
+def _is_of(product: Product, x: Tensor) -> bool:
+    """Whether it may be ``x`` that is multiplied, as far as shapes tell."""
+    if product.how is None:
+        return x.ndim > 0 and product.inputs.shape[-1] == x.shape[-1] and product.inputs.numel() == x.numel()
+    return x.shape == (product.inputs if product.padding is None else product.padding.inputs).shape
+
+
+def _others(run: Run) -> list[Tensor]:
+    """Other inputs: of every size that a padding could depend on, larger so that none is too small."""
+    x = run.inputs * SCALE
+    if run.product.how is None:
+        return [x]
+    return [F.pad(x, (0, more, 0, more), "replicate") for more in range(1, max(2, *run.product.how["stride"]))]
+
+
+def _convolution(module: nn.Module, runs: list[Run]) -> nn.Module:
+    """The convolution inside, with its padding if it can have it, or else after that.
+
+    Raises:
+        Stays: no known rule pads so.
+    """
+    product = runs[0].product
+    weight, how = product.weight, dict(cast(dict[str, Any], product.how))
+    if any(run.product.how != how for run in runs):
+        raise Stays("is another convolution at another size")
+    kernel = (weight.shape[2], weight.shape[3])
+    kind, around = _padding(runs)
+    pad: nn.Module | None = None
+    if _can_be_own(around, how["padding"], kind):
+        left, _, top, _ = around[0]
+        how["padding"] = tuple(own + more for own, more in zip(how["padding"], (top, left), strict=True))
+    elif any(map(any, around)):
+        if kind != "zeros":
+            raise Stays("pads with something else than zeros")
+        pad, kind = _pad(runs, around, SamePad(kernel, how["stride"], how["dilation"])), "zeros"
+    channels = weight.shape[1] * how["groups"]
+    conv = nn.Conv2d(channels, len(weight), kernel, **how, padding_mode=cast(Any, kind), device="meta")
+    _fill(conv, module, product)
+    return conv if pad is None else Padded(pad, conv, module)
+
+
+def _padding(runs: list[Run]) -> tuple[str, list[Amounts]]:
+    """With what an input is padded, one kind or ``other``, and by how much at each size."""
+    paddings = [run.product.padding for run in runs]
+    kinds = {padding.kind for padding in paddings if padding is not None and any(padding.amounts)} or {"zeros"}
+    around = [(0, 0, 0, 0) if padding is None else padding.around for padding in paddings]
+    return kinds.pop() if len(kinds) == 1 else "other", around
+
+
+def _can_be_own(around: list[Amounts], own: Sides | str, kind: str) -> bool:
+    """Whether a convolution that pads by ``own`` can do the rest by itself: as much on both sides, at every size."""
+    left, right, top, bottom = around[0]
+    is_even = left == right >= 0 and top == bottom >= 0 and len({*around}) == 1
+    return is_even and not isinstance(own, str) and (kind == "zeros" or (kind != "other" and not any(own)))
+
+
+def _pad(runs: list[Run], around: list[Amounts], same: SamePad) -> nn.Module:
+    if len({*around}) == 1:
+        return nn.ZeroPad2d(around[0])
+    for run, amounts in zip(runs, around, strict=True):
+        if same.amounts(run.inputs.shape[-2], run.inputs.shape[-1]) != amounts:
+            raise Stays("pads by a rule of its own")
+    return same
+
+
+def _linear(module: nn.Module, product: Product) -> nn.Linear:
+    n, m = product.weight.shape
+    linear = nn.Linear(m, n, device="meta")
+    _fill(linear, module, product)
+    return linear
+
+
+def _fill(layer: nn.Linear | nn.Conv2d, module: nn.Module, product: Product) -> None:
+    """Give ``layer`` a copy of the weight and bias that ``module`` multiplied by and added."""
+    weight, bias = product.weight, product.bias
+    if bias is None:  # it may be added afterwards: the outputs tell
+        bias = cast(Tensor | None, getattr(module, "bias", None))
+    if bias is not None and bias.numel() != len(weight):
+        raise Stays("adds something else than a bias")
+    # A weight that is computed has lost the memory format of the one that is stored.
+    like = next((stored for stored in module.parameters() if stored.shape == weight.shape), weight.contiguous())
+    is_learned = any(parameter.requires_grad for parameter in module.parameters())
+    layer.weight = nn.Parameter(torch.empty_like(like, dtype=weight.dtype).copy_(weight), is_learned)
+    layer.bias = None if bias is None else nn.Parameter(bias.detach().reshape(-1).clone(), is_learned)
+
+
+def _same(one: Tensor, other: Tensor, tolerance: float) -> bool:
+    """Whether two tensors are alike, to a part of the largest entry; on the meta device, whether their shapes are."""
+    if one.shape != other.shape or one.is_meta or not one.numel():
+        return one.shape == other.shape
+    if not other.is_floating_point():
+        return torch.equal(one, other)
+    tolerance = max(tolerance, 4 * torch.finfo(other.dtype).eps)
+    return bool((one - other).abs().max() <= tolerance * other.abs().max())
+
+
+def _same_network(network: nn.Module, batch: Any, expected: Any) -> bool:
+    try:
+        outputs = _run(network, batch)
+    except Exception:  # the network's own code, which may ask a layer for what a plain one does not have
+        return False
+    pairs = zip(pytree.tree_leaves(outputs), pytree.tree_leaves(expected), strict=True)
+    return all(_same(one, other, NETWORKS_AGREE) for one, other in pairs if isinstance(other, Tensor))
+
+
+def _put_where_same(
+    network: nn.Module, made: dict[nn.Module, nn.Module], is_same: Callable[[], bool]
+) -> list[nn.Module]:
+    """Put new modules in the places of old ones; give back, and put back, those with which the network is not the same.
+
+    Halves are tried where the whole fails.
+    """
+    _put(network, made)
+    if not made or is_same():
+        return []
+    _put(network, {new: old for old, new in made.items()})
+    olds = list(made)
+    if len(olds) == 1:
+        return olds
+    halves = olds[: len(olds) // 2], olds[len(olds) // 2 :]
+    return [old for half in halves for old in _put_where_same(network, {o: made[o] for o in half}, is_same)]
+
+
+def _put(network: nn.Module, modules: dict[nn.Module, nn.Module]) -> None:
+    """Put modules in the places of others, under all of their names."""
+    for parent in list(network.modules()):
+        for name, child in list(parent._modules.items()):
+            if child in modules:
+                setattr(parent, name, modules[child])
