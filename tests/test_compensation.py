@@ -290,7 +290,7 @@ def test_a_residual_branch_makes_up_for_its_shortcut(built, images, name, earlie
     @torch.no_grad()
     def summed(network: nn.Module) -> Tensor:
         run = traced.through(network).between(traced.images(), [sum_of(traced.node(later))])
-        return run(images)[0]
+        return run(*traced.arguments(images))[0]
 
     def error(fit: Fit) -> float:
         bias = fit.added(fit.matrix).reshape(-1)

@@ -222,7 +222,7 @@ def test_layers_are_in_the_order_of_calls(compression, trained):
 def test_a_network_from_random_weights_has_the_forms_and_the_size_of_the_compressed_one(compression, dataset):
     made = compression("resnet20")
     small = made.build("compensated", choices_of(made, Policy(budget={"params": 0.5})))
-    other = untrained(MODELS["resnet20"], dataset.shape, 2, False, small.forms)
+    other = untrained(MODELS["resnet20"], dataset.shape, 2, "fused", small.forms)
     shapes = [{name: t.shape for name, t in n.state_dict().items()} for n in (small.network, other)]
     assert shapes[0] == shapes[1]
     assert not torch.equal(outputs(other, dataset.inputs("test")), outputs(small.network, dataset.inputs("test")))

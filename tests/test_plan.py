@@ -215,7 +215,7 @@ OTHERS = [
 @pytest.mark.parametrize("model", [RESNET, VIT, *OTHERS], ids=lambda model: model["architecture"])
 def test_the_shape_of_a_network_is_that_of_the_network(model, qkv):
     shape = (3, 32, 32)
-    of = network_shape(Model(**model), shape, 7, split=qkv == "split")
+    of = network_shape(Model(**model), shape, 7, qkv)
     network = explicit(build(Model(**model), shape, 7), split=qkv == "split").eval()
     layers, flows = countable(network).layers, {}
     for layer in layers:

@@ -67,15 +67,23 @@ def check(name: StudyName = None) -> None:
 @app.command()
 def plan(
     name: Annotated[str | None, typer.Argument(help="a study of conf/study; the one laid out here by default")] = None,
+    device: Annotated[str | None, typer.Option(help="say hours too: auto, cpu, cuda, cuda:1, mps")] = None,
 ) -> None:
     """Print what a study will take, before anything runs."""
+    from .stages import hours
     from .stages.plan import plan as planned
-    from .stages.plan import text
+    from .stages.plan import scale_of, text
 
     root = project_root()
     study = load_study(study_home(root)) if name is None else compose(name, root)[0]
     typer.echo(f"study {study.name}: {study.title}")
-    typer.echo(text(planned(study, root)))
+    table = planned(study, root)
+    if device is not None:
+        rates, known_by = hours.rates(study, scale_of(study, root), device, root)
+        table = hours.with_hours(table, study, rates)
+    typer.echo(text(table))
+    if device is not None:
+        typer.echo(f"hours: forward passes at the rate of {known_by}; reading images and everything else come on top")
 
 
 @app.command()

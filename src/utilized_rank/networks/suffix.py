@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map_only
 
 from .batches import Batches
 from .cost import flops_of
-from .devices import device_of, free_memory, placed
+from .devices import device_of, free_memory, placed, truth
 from .evaluation import logits_of
 
 FEW = 4
@@ -235,9 +235,10 @@ class Suffix:
         values = from_images(*few)
         before = [v.clone() for v in values if isinstance(v, Tensor)]
         logits = cast(Callable[..., Values], self.run)(*values)[0]
-        same = torch.allclose(logits, logits_of(self.traced.network(*few)), rtol=1e-4, atol=1e-4)
+        expected = logits_of(self.traced.network(*few))
+        same = truth(torch.isclose(logits, expected, rtol=1e-4, atol=1e-4).all())
         after = [v for v in values if isinstance(v, Tensor)]
-        return same and all(torch.equal(old, new) for old, new in zip(before, after, strict=True))
+        return same and all(truth((old == new).all()) for old, new in zip(before, after, strict=True))
 
     def logits(self, index: int) -> Tensor:
         """The network's output for batch ``index``, (B, classes)."""

@@ -112,7 +112,7 @@ def plan(study: Study, root: Path) -> pd.DataFrame:
     Raises:
         StudyError: a folder or an architecture is not there.
     """
-    everything = _scale(study, root)
+    everything = scale_of(study, root)
     study = study.model_copy(update={"measure": study.measure.resolved(everything.search)})
     scales = {
         name: everything.searching_test() if study.search_from(name) == "test" else everything for name in study.runs
@@ -134,7 +134,12 @@ def plan(study: Study, root: Path) -> pd.DataFrame:
     return pd.DataFrame([{"stage": stage, "run": run, **asdict(need)} for (stage, run), need in needs.items()])
 
 
-def _scale(study: Study, root: Path) -> Scale:
+def scale_of(study: Study, root: Path) -> Scale:
+    """How many images of which kind a study has.
+
+    Raises:
+        StudyError: a folder is not there.
+    """
     size = sources.size(study.data, root)
     counts = split_counts(size.images, size.classes, study.data, size.test > 0)
     test = counts.get("test", min(study.data.limit or size.test, size.test))
@@ -234,9 +239,11 @@ def _trained(asked: Frontier) -> list[tuple[Finetune, int]]:
 
 def text(table: pd.DataFrame) -> str:
     """The plan to be read: thousands apart, and its totals (the largest, of memory)."""
-    total = table[["images", "passes", "disk"]].sum()
+    total = table[[name for name in ("images", "passes", "disk", "hours") if name in table]].sum()
     last = {"stage": "all", "run": "", **total, "memory": table.memory.max()}
     shown = pd.concat([table, pd.DataFrame([last])], ignore_index=True).rename(
         columns={"images": "images read", "passes": "forward passes", "memory": "peak memory, MiB", "disk": "disk, MiB"}
     )
+    if "hours" in shown:
+        shown["hours"] = [f"{value:,.2f}" for value in shown.hours]
     return shown.to_string(index=False, float_format=lambda value: f"{value:,.0f}")
