@@ -15,7 +15,7 @@ def resolved(precision: Precision) -> Precision:
         return precision
     import torch  # two seconds, and who only reads parameters needs none of it
 
-    able = torch.cpu.get_capabilities()
+    able = getattr(torch.cpu, "get_capabilities", dict)()  # older releases cannot say: float32
     return "bfloat16" if any(able.get(way) for way in ("avx512_bf16", "amx_bf16", "bf16")) else "float32"
 
 
