@@ -9,7 +9,7 @@ BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export DVC_NO_ANALYTICS := 1
 
-.PHONY: repro test test-large bench lint lock dist clean
+.PHONY: repro test test-large test-oldest bench lint lock dist clean
 repro: .venv/ready
 	$(if $(STUDY),$(BIN)/utilized-rank study $(STUDY))
 	$(BIN)/dvc repro $(patsubst %,reports/%/dvc.yaml,$(filter-out digits,$(STUDY)))
@@ -21,6 +21,11 @@ test: .venv/ready
 test-large: .venv/ready
 	$(BIN)/pytest -m large
 
+# The same tests on the oldest versions that pyproject.toml allows, in .venv-oldest.
+test-oldest: export PATH := $(CURDIR)/.venv-oldest/bin:$(PATH)
+test-oldest: .venv-oldest/ready
+	.venv-oldest/bin/pytest
+
 # Measure what the package costs (about an hour on two cores); `make bench ONLY="search moments"` for some of it.
 # Threads that wait spin briefly, as in the stages.
 bench: .venv/ready
@@ -31,17 +36,20 @@ lint: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-.venv/ready: requirements.lock pyproject.toml
+.venv/ready: requirements.lock
+.venv-oldest/ready: requirements-oldest.lock
+.venv/ready .venv-oldest/ready: pyproject.toml
 	@test -n "$(PYTHON)" || { echo "No Python from 3.11 up that has venv: install python3.11 and python3.11-venv (or newer)."; exit 1; }
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet -r requirements.lock
-	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet -r $(filter %.lock,$^)
+	$(@D)/bin/pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
 
-# Resolve the ranges of pyproject.toml anew, for every platform (needs uv).
+# Resolve the ranges of pyproject.toml anew, for every platform (needs uv): the newest versions, and the oldest.
+RESOLVE := uv pip compile --universal --python-version 3.11 --extra dev --no-annotate --custom-compile-command "make lock"
 lock:
-	uv pip compile --universal --python-version 3.11 --extra dev --constraint constraints.txt --no-annotate \
-	  --custom-compile-command "make lock" pyproject.toml --output-file requirements.lock
+	$(RESOLVE) --constraint constraints.txt pyproject.toml --output-file requirements.lock
+	$(RESOLVE) --resolution lowest-direct pyproject.toml --output-file requirements-oldest.lock
 
 # Build the wheel, and measure a network with it in an empty environment outside of the project (minutes: torch is installed).
 dist: .venv/ready
@@ -50,4 +58,4 @@ dist: .venv/ready
 	$(BIN)/python tests/installed.py dist/*.whl
 
 clean:
-	rm -rf .venv dist
+	rm -rf .venv .venv-oldest dist

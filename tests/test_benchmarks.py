@@ -4,6 +4,7 @@ import json
 
 import pandas as pd
 import pytest
+from committed import AS_DRAWN
 
 from benchmarks import plain
 from benchmarks.__main__ import NAMES, REPORT, draw, main
@@ -16,6 +17,7 @@ def test_there_are_measurements():
     assert "search" in MEASURED
 
 
+@AS_DRAWN
 @pytest.mark.parametrize("name", MEASURED)
 def test_figure_and_tables_follow_from_the_measurements(name):
     before = (REPORT / f"{name}.svg").read_bytes()

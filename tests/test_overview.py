@@ -6,6 +6,7 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 import pytest
+from committed import AS_DRAWN
 from matplotlib import pyplot as plt
 
 from utilized_rank.base.files import read_table, write_json, write_table
@@ -203,6 +204,7 @@ def test_the_overview_reads_every_study_and_links_it(studied, styled):
         assert row.mlu == pytest.approx(tables.result(store, "measure", key)["mlu"][f"{row.epsilon:g}"])
 
 
+@AS_DRAWN
 def test_the_committed_overview_follows_from_the_committed_reports(tmp_path, styled):
     names = ("index.html", "utilization.svg", "utilization.csv", "claims.csv")
     shutil.copytree(ROOT / "reports", tmp_path / "reports", ignore=shutil.ignore_patterns("notebooks", *names[1:]))
