@@ -19,7 +19,7 @@ def resolved(precision: Precision, device: str = "cpu") -> Precision:
         able = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         # Older releases cannot say: float32.
-        its = getattr(torch.cpu, "get_capabilities", dict)() if device == "cpu" else {}
+        its: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)() if device == "cpu" else {}
         able = any(its.get(way) for way in ("avx512_bf16", "amx_bf16", "bf16"))
     return "bfloat16" if able else "float32"
 
