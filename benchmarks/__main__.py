@@ -12,6 +12,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import pandas as pd
+import torch
 
 from utilized_rank.base.files import read_json, read_table, write_json, write_table, write_text
 from utilized_rank.report.figures import style
@@ -21,7 +22,7 @@ from utilized_rank.study.provenance import processor, tree_hash
 from .search import ranks_side_by_side
 from .setting import CALIBRATION, CHECKPOINT, EPOCHS, ROOT, SEED, THREADS, setting
 
-NAMES = ("search", "growth", "moments", "eigenbases", "deployment", "pipeline")
+NAMES = ("search", "growth", "moments", "eigenbases", "deployment", "pipeline", "gpu")
 REPORT = ROOT / "reports" / "benchmarks"
 
 
@@ -88,7 +89,9 @@ def main(names: list[str]) -> None:
     unknown = [name for name in names if name not in NAMES]
     if unknown:
         sys.exit(f"there is no benchmark {unknown[0]!r} (known: {', '.join(NAMES)})")
-    for name in names or NAMES:
+    # Without a GPU that one would take hours, and say nothing.
+    there = [name for name in NAMES if name != "gpu" or torch.cuda.is_available()]
+    for name in names or there:
         print(f"== {name}", flush=True)
         subprocess.run(
             [sys.executable, "-c", f"from benchmarks.__main__ import run; run({name!r})"], check=True, cwd=ROOT

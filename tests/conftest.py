@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import settings
 from PIL import Image
+from running import folder_study, tiny_project  # noqa: F401  (fixtures)
 from torch import Tensor, nn
 
 from utilized_rank.base.files import write_json, write_table

@@ -5,11 +5,9 @@ from collections import Counter
 from itertools import chain
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 from ruamel.yaml import YAML
-from test_pipeline import ROOT, command, copied, started
+from running import COLOURS, EACH, README, ROOT, command, copied, started
 
 from utilized_rank.base.files import read_json, read_table
 from utilized_rank.base.store import Store
@@ -17,57 +15,10 @@ from utilized_rank.datasets import data
 from utilized_rank.datasets.sources import DEBIAN
 from utilized_rank.study.homes import load_study
 
-README = (ROOT / "README.md").read_text().split("### Your own images")[1].split("\n## ")[0]
-COLOURS = {"blue": (30, 60, 200), "green": (40, 180, 60), "red": (210, 50, 40)}
-EACH = 20
-QUICKER = [
-    "runs.folder_resnet20.train.epochs=10",
-    "+runs.folder_resnet20.train.batch_size=12",
-    "runs.folder_resnet20.finetune.epochs=2",
-    "decompose.sweep_points=2",
-    "threads=1",
-]
-
-
-def picture(colour: tuple[int, int, int], draw: np.random.Generator) -> Image.Image:
-    """A plain colour under noise, of a size of its own."""
-    height, width = draw.integers(40, 130, 2)
-    pixels = np.array(colour) + draw.normal(0, 25, (height, width, 3))
-    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
-
-
-def own_images(folder: Path) -> None:
-    """Three classes of 20 images, PNG and JPEG; one image is grey-scale, one transparent."""
-    draw = np.random.default_rng(0)
-    for name, colour in COLOURS.items():
-        (folder / name).mkdir(parents=True)
-        for i in range(EACH):
-            image = picture(colour, draw)
-            if (name, i) == ("blue", 0):
-                image = image.convert("L")
-            if (name, i) == ("red", 0):
-                image.putalpha(Image.linear_gradient("L").resize(image.size))
-            image.save(folder / name / (f"{i}.jpg" if i % 2 else f"{i}.png"))
-
 
 @pytest.fixture(scope="module")
-def project(tmp_path_factory) -> Path:
-    """What the README says, done: the images, the study file, the command (and what makes it quicker)."""
-    folder = copied(tmp_path_factory.mktemp("folder"))
-    where = re.search(r"dataset: ([\w/]+)", README)[1]
-    own_images(folder / where / "train")
-    file, block = re.search(r"`(conf/study/\w+\.yaml)`.*?```yaml\n(.*?)```", README, re.DOTALL).groups()
-    assert len(block.splitlines()) == 5
-    (folder / file).write_text(block)
-    (study,) = re.findall(r"`make repro STUDY=(\w+)`", README)
-    command(folder, "utilized-rank", "study", study)  # as make does, and then `dvc repro` of it
-    pipeline, params = f"reports/{study}/dvc.yaml", f"reports/{study}/params.yaml"
-    quicker = [word for change in QUICKER for word in ("--set-param", f"{params}:{change}")]
-    output = command(folder, "dvc", "exp", "run", pipeline, *quicker)
-    assert started(output)[-1] == f"{pipeline}:publish"
-    # One image of the 12 in the search split is 8.3 points: the default tolerances are finer.
-    assert "tolerances are 8.34 points in place of 1 and 2: one of the 12 search images is worth 8.33" in output
-    return folder
+def project(tiny_project, folder_study) -> Path:
+    return tiny_project
 
 
 @pytest.fixture
@@ -132,6 +83,7 @@ def test_an_experiment_in_a_folder_of_its_own_sees_images_that_are_decoded_when_
     output = command(project, "dvc", "exp", "run", "--temp", "reports/large/dvc.yaml:train@folder_resnet20", *changes)
     assert [name.rpartition(":")[2] for name in started(output)] == ["check", "prepare", "train@folder_resnet20"]
     assert not (project / "data/large").exists()
+    command(project, "git", "rm", "-r", "--force", "--quiet", "conf/study/large.yaml", "reports/large")
 
 
 @pytest.mark.parametrize(("study", "dataset"), [("fashion_mnist", "FashionMNIST"), ("cifar10", "CIFAR10")])

@@ -123,7 +123,7 @@ def test_a_budget_of_time_is_kept_as_it_was_measured(compression, dataset, monke
 
 def test_a_budget_that_cannot_be_kept_says_what_can(compression):
     with pytest.raises(StudyError, match=r"a budget of 0\.1% cannot be kept: the smallest network costs \d"):
-        compression("resnet20").choices(Policy(budget={"params": 0.001}))
+        choices_of(compression("resnet20"), Policy(budget={"params": 0.001}))
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -132,7 +132,8 @@ def test_a_budget_that_cannot_be_kept_says_what_can(compression):
 def test_ranks_that_compose_keep_the_whole_network_within_the_tolerance(compression, dataset, name, search, weights):
     made = compression(name)
     inputs, labels = dataset.inputs("search"), dataset.labels("search")
-    for epsilon in (0.0, 10.0):
+    # A joint search of compensated networks fits every layer of each that it tries: one is enough.
+    for epsilon in (0.0, 10.0) if (search, weights) != ("joint", "compensated") else (10.0,):
         chosen = choices_of(made, Policy(search=search, epsilon=epsilon, weights=weights))
         small = made.build(weights, chosen).network
         lost = is_correct(made.network, inputs, labels).mean() - is_correct(small, inputs, labels).mean()

@@ -13,12 +13,14 @@ from torch import nn
 from typer.testing import CliRunner
 
 from utilized_rank import cli
-from utilized_rank.base.files import read_json
+from utilized_rank.base.files import read_json, write_table
+from utilized_rank.base.sections import StudyError
 from utilized_rank.base.store import Store
 from utilized_rank.networks import cost
 from utilized_rank.networks.attention import explicit
 from utilized_rank.ranks.layers import countable
-from utilized_rank.stages.plan import BACKWARD, PASSES, network_shape, plan, text
+from utilized_rank.stages import hours
+from utilized_rank.stages.plan import BACKWARD, PASSES, network_shape, plan, scale_of, text
 from utilized_rank.study.config import Study, parse_study
 from utilized_rank.study.homes import compose
 from utilized_rank.training.models import ResNet20, build
@@ -287,3 +289,51 @@ def test_an_image_folder_that_is_not_there_is_named(monkeypatch, capsys, tmp_pat
     with pytest.raises(SystemExit):
         cli.entry()
     assert "data/raw/folder is no image folder: it needs train/" in capsys.readouterr().err
+
+
+def benchmark(root: Path, name: str, speed: float) -> None:
+    rows = [
+        {"device": name, "kind": "cuda", "network": network, "work": work, "flops_a_second": flops}
+        for network in ("resnet50", "vit")
+        for work, flops in (("forward", speed), ("moments", float("nan")))
+    ]
+    write_table(root / hours.BENCHMARK, pd.DataFrame(rows))
+
+
+def test_hours_are_passes_at_the_rate_of_the_networks_architecture(tmp_path):
+    benchmark(tmp_path, "a card", 1e12)
+    table = plan(DIGITS, ROOT)
+    rates, known_by = hours.rates(DIGITS, scale_of(DIGITS, ROOT), "cuda", tmp_path)
+    assert known_by == "the benchmark of a card"
+    timed = hours.with_hours(table, DIGITS, rates).set_index(["stage", "run"])
+    for name, run in DIGITS.runs.items():
+        network = build(run.model, (1, 32, 32), 10)
+        per_image = cost.flops(network, torch.zeros(1, 1, 32, 32))
+        row = timed.loc["train", name]
+        assert row.hours == pytest.approx(row.passes * per_image / 1e12 / 3600)
+    assert timed.hours.loc["prepare", ""] == 0
+    assert "hours" in text(timed.reset_index()).splitlines()[0]
+
+
+def test_passes_are_timed_where_no_benchmark_is_of_the_device(tmp_path, monkeypatch):
+    monkeypatch.setattr(hours.cost, "latencies", lambda networks, images, seconds: [len(images) / 50])
+    rates, known_by = hours.rates(DIGITS, scale_of(DIGITS, ROOT), "cpu", tmp_path)
+    assert known_by.startswith("passes that were timed on ")
+    assert set(rates.values()) == {50.0}
+
+
+def test_a_device_that_is_neither_here_nor_was_measured_is_named(tmp_path):
+    with pytest.raises(StudyError, match="has no cuda:7"):
+        hours.rates(DIGITS, scale_of(DIGITS, ROOT), "cuda:7", tmp_path)
+
+
+def test_the_command_says_hours_where_a_device_is_named(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(hours.cost, "latencies", lambda networks, images, seconds: [len(images) / 50])
+    done = CliRunner().invoke(cli.app, ["plan", "--device", "cpu"])
+    assert done.exit_code == 0, done.output
+    _, head, *rows, last = done.stdout.splitlines()
+    assert head.split()[-1] == "hours"
+    passes, told = (float(word.replace(",", "")) for word in (rows[-1].split()[2], rows[-1].split()[-1]))
+    assert told == pytest.approx(passes / 50 / 3600, abs=0.01)
+    assert last.startswith("hours: forward passes at the rate of passes that were timed on ")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
 
 from ..networks import cost
+from ..networks.batches import first
 from ..networks.evaluation import received
 from ..ranks.layers import Layer
 from .lowrank import FORMS, Cut, Fit, forms_of, largest_saving, weights_a_rank
@@ -58,7 +60,7 @@ class Costs:
     """By layer and form, at the ranks 1, 2, ... that save weights: int64."""
 
 
-def parameter_costs(network: nn.Module, layers: list[Candidate], images: Tensor) -> Costs:
+def parameter_costs(network: nn.Module, layers: list[Candidate], images: Any) -> Costs:
     """In parameters; what replaces a layer without a bias has one."""
 
     def of(candidate: Candidate, form: str) -> np.ndarray:
@@ -70,9 +72,9 @@ def parameter_costs(network: nn.Module, layers: list[Candidate], images: Tensor)
     return Costs(cost.parameters(network), whole, {c.layer.name: {f: of(c, f) for f in c.cuts} for c in layers})
 
 
-def flop_costs(network: nn.Module, layers: list[Candidate], images: Tensor) -> Costs:
+def flop_costs(network: nn.Module, layers: list[Candidate], images: Any) -> Costs:
     """In floating point operations for one image, by :func:`utilized_rank.networks.cost.flops_of`."""
-    one = images[:1]
+    one = first(images, 1)
     flows = _flows(network, layers, one)
 
     def of(candidate: Candidate, form: str) -> np.ndarray:
@@ -85,7 +87,7 @@ def flop_costs(network: nn.Module, layers: list[Candidate], images: Tensor) -> C
     return Costs(cost.flops(network, one), whole, {c.layer.name: {f: of(c, f) for f in c.cuts} for c in layers})
 
 
-def latency_costs(network: nn.Module, layers: list[Candidate], images: Tensor) -> Costs:
+def latency_costs(network: nn.Module, layers: list[Candidate], images: Any) -> Costs:
     """In nanoseconds for ``images``, as measured on this machine at a few ranks, and straight lines between them."""
     flows = _flows(network, layers, images)
     whole: dict[str, int] = {}
@@ -108,7 +110,7 @@ def latency_costs(network: nn.Module, layers: list[Candidate], images: Tensor) -
     return Costs(round(1e9 * cost.latencies([network], images)[0]), whole, ways)
 
 
-COSTS: dict[str, Callable[[nn.Module, list[Candidate], Tensor], Costs]] = {
+COSTS: dict[str, Callable[[nn.Module, list[Candidate], Any], Costs]] = {
     "params": parameter_costs,
     "flops": flop_costs,
     "latency": latency_costs,
@@ -124,7 +126,7 @@ def spread(most: int) -> list[int]:
     return np.unique(np.geomspace(1, most, POINTS).round().astype(int)).tolist() if most else []
 
 
-def _flows(network: nn.Module, layers: list[Candidate], images: Tensor) -> dict[str, list[Tensor]]:
+def _flows(network: nn.Module, layers: list[Candidate], images: Any) -> dict[str, list[Tensor]]:
     """What flows into each layer for ``images``, call by call."""
     name_of: dict[nn.Module, str] = {c.layer.module: c.layer.name for c in layers}
     flows: dict[str, list[Tensor]] = {name: [] for name in name_of.values()}

@@ -67,6 +67,11 @@ def gathered(data: Any) -> Batches:
     return whole if isinstance(whole, Tensor) else Arguments(whole)
 
 
+def first(batch: Any, inputs: int) -> Any:
+    """The first so many inputs of a batch."""
+    return tree_map(lambda leaf: leaf[:inputs] if isinstance(leaf, Tensor) else leaf, batch)
+
+
 def count(batch: Any) -> int:
     """How many inputs a batch has."""
     return len(next(leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)))

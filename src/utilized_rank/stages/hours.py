@@ -40,10 +40,13 @@ def rates(study: Study, scale: Scale, asked: str, root: Path) -> tuple[dict[Mode
     try:
         device = runtime.device(asked)
         name = runtime.device_name(device)
-    except StudyError:
+    except StudyError as error:
         name = next((name for name, kind in speeds.index if kind == asked.partition(":")[0]), "")
         if not name:
-            raise
+            raise StudyError(
+                f"{error}; and no benchmark of one is here: `make bench ONLY=gpu` on a machine that has it writes "
+                f"{BENCHMARK}"
+            ) from None
         device = torch.device("cpu")
     known = speeds[speeds.index.get_level_values("device") == name]
     if len(known):
