@@ -17,7 +17,8 @@ from utilized_rank.report.figures import study as figures
 from utilized_rank.report.figures import style
 from utilized_rank.stages.notebooks import STAGES, executed_name, keys_of
 
-RECORD = {"code": "a hash", "processor": "a <processor>", "system": "s", "python": "3", "packages": {"torch": "2"}}
+RECORD = {"code": "a hash", "device": "cpu", "processor": "a <processor>", "system": "s", "python": "3"}
+RECORD |= {"packages": {"torch": "2"}}
 
 
 def cells(page: str) -> list[list[str]]:
@@ -214,3 +215,12 @@ def test_the_committed_index_and_overview_are_of_the_same_numbers(name):
     assert len(used) == len(table) * len(study.measure.epsilons)
     for row in used.itertuples():
         assert table[tables.mlu_column(row.epsilon)][row.network] == pytest.approx(100 * row.mlu)
+
+
+def test_the_device_stands_beside_the_precision_and_another_than_the_processor_says_what_repeats(studied):
+    study, store = studied
+    precision = tables.result(store, "measure", next(iter(study.runs)))["search_precision"]
+    for device, warned in {"cpu": False, "cuda (a card)": True}.items():
+        page = index(study, store, record=RECORD | {"device": device})
+        assert f"in {precision} on {device}. Each answer" in page
+        assert ("gradients of\n  adaptive pooling" in page) == warned

@@ -143,6 +143,7 @@ def write_index(
         table=table_html,
         search_precision=result(store, "measure", next(iter(study.runs)))["search_precision"],
         search_images=result(store, "train", next(iter(study.runs)))["search_images"],
+        device=record["device"],
         cards=_cards(sheets["table1-utilization"], tuned, epsilon),
         sheets=sheets,
         epsilon=epsilon,
