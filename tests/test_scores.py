@@ -1,6 +1,8 @@
 """Any score of a network, and inputs in any form that networks take."""
 
 import copy
+import re
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -19,6 +21,7 @@ from utilized_rank.ranks.moments import input_moments
 from utilized_rank.ranks.projection import bases, projected, replaced
 
 EPSILON = 10.0
+README = (Path(__file__).parents[1] / "README.md").read_text()
 
 
 class Two(nn.Module):
@@ -178,3 +181,19 @@ def test_a_graph_takes_arguments_in_their_order_with_the_defaults_of_the_others(
         assert given[1] is b
         assert given[2] == 1.0
         assert torch.equal(call(network, batch)["logits"], call(network, given)["logits"])
+
+
+def test_the_readmes_example_runs_as_it_stands(capsys):
+    (example,) = re.findall(r"## Use it on a network of your own\n\n```python\n(.*?)```", README, re.DOTALL)
+    torch.manual_seed(0)
+    attending = nn.TransformerEncoderLayer(12, 2, 24, batch_first=True)
+    network = nn.Sequential(nn.Conv2d(3, 12, 4, 4), nn.Flatten(2), nn.Linear(16, 12), attending, nn.Flatten(1))
+    network.append(nn.Linear(144, 3)).eval()
+    images = torch.randn(40, 3, 16, 16)
+    given = {"network": network, "images": images, "search_images": images, "labels": network(images).argmax(1)}
+    before = copy.deepcopy(network)
+    exec(example, given)
+    assert "linear1" in capsys.readouterr().out
+    assert len(given["found"].layers) == 7  # of attention, too
+    assert given["small"](images).shape == (40, 3)
+    assert (network(images) - before(images)).abs().max() < 1e-5
