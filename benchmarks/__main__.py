@@ -15,9 +15,10 @@ import pandas as pd
 import torch
 
 from utilized_rank.base.files import read_json, read_table, write_json, write_table, write_text
+from utilized_rank.base.runtime import processor
 from utilized_rank.report.figures import style
 from utilized_rank.report.pages import css, table_html
-from utilized_rank.study.provenance import processor, tree_hash
+from utilized_rank.study.provenance import tree_hash
 
 from .search import ranks_side_by_side
 from .setting import CALIBRATION, CHECKPOINT, EPOCHS, ROOT, SEED, THREADS, setting

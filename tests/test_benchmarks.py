@@ -5,10 +5,12 @@ import json
 import pandas as pd
 import pytest
 from committed import AS_DRAWN
+from matplotlib import pyplot as plt
 
-from benchmarks import plain
+from benchmarks import gpu, plain
 from benchmarks.__main__ import NAMES, REPORT, draw, main
 from utilized_rank.base.files import read_table
+from utilized_rank.base.runtime import DEVICE
 
 MEASURED = [name for name in NAMES if (REPORT / f"{name}.csv").is_file()]
 
@@ -42,6 +44,19 @@ def test_a_search_that_is_faster_gives_certified_boundaries_too():
 def test_an_unknown_benchmark_is_named(capsys):
     with pytest.raises(SystemExit, match="no benchmark 'serach'"):
         main(["serach"])
+
+
+def test_the_gpus_benchmark_measures_every_work_where_it_runs(monkeypatch):
+    monkeypatch.setenv(DEVICE, "cpu")
+    for name, value in {"NETWORKS": ("resnet18",), "BATCH": 4, "SIDE": 32, "COUNTS": {"cpu": 8}}.items():
+        monkeypatch.setattr(gpu, name, value)
+    table = gpu.measure(None)
+    assert table.work.tolist() == ["forward", "moments", "search, all layers", "compensation, one layer"]
+    assert (table.images_a_second > 0).all()
+    assert table.ratio[0] == 1
+    assert table.flops_a_second.notna().tolist() == [True, False, False, False]
+    gpu.draw(table)
+    plt.close("all")
 
 
 def test_the_reference_is_no_part_of_the_package():
