@@ -169,8 +169,11 @@ def own_images(folder: Path) -> None:
 
 
 @pytest.fixture(scope="session")
-def folder_study(tiny_project) -> list[str]:
-    """What the README says, done beside the shrunken study: images, a study file, a command; the stages that ran."""
+def folder_study(tiny_project) -> tuple[list[str], set[str]]:
+    """What the README says, done beside the shrunken study: images, a study file, a command.
+
+    The stages that ran, and what git then sees as new or changed: the folders and files of conf/ and reports/.
+    """
     where = re.search(r"dataset: ([\w/]+)", README)[1]
     own_images(tiny_project / where / "train")
     file, block = re.search(r"`(conf/study/\w+\.yaml)`.*?```yaml\n(.*?)```", README, re.DOTALL).groups()
@@ -187,5 +190,6 @@ def folder_study(tiny_project) -> list[str]:
     # One image of the 12 in the search split is 8.3 points: the default tolerances are finer.
     assert "tolerances are 8.34 points in place of 1 and 2: one of the 12 search images is worth 8.33" in output
     assert hashes(tiny_project, "reports/tiny", "data/tiny") == before
-    assert " dvc.lock" not in command(tiny_project, "git", "status", "--short")
-    return [name.partition("dvc.yaml:")[2] for name in started(output)]
+    new = command(tiny_project, "git", "status", "--short", "--untracked-files=all").splitlines()
+    changed = {line[3:].split("/")[1] for line in new}
+    return [name.partition("dvc.yaml:")[2] for name in started(output)], changed

@@ -48,7 +48,7 @@ def test_an_unknown_benchmark_is_named(capsys):
 
 def test_the_gpus_benchmark_measures_every_work_where_it_runs(monkeypatch):
     monkeypatch.setenv(DEVICE, "cpu")
-    for name, value in {"NETWORKS": ("resnet18",), "BATCH": 4, "SIDE": 32, "COUNTS": {"cpu": 8}}.items():
+    for name, value in {"NETWORKS": ("test_resnet",), "BATCH": 4, "SIDE": 64, "COUNTS": {"cpu": 8}}.items():
         monkeypatch.setattr(gpu, name, value)
     table = gpu.measure(None)
     assert table.work.tolist() == ["forward", "moments", "search, all layers", "compensation, one layer"]

@@ -185,7 +185,7 @@ def test_the_paper_s_projection_is_at_the_dimensions_that_were_found(compression
 @pytest.mark.parametrize("search", ["joint", "cumulative"])
 def test_a_tolerance_finer_than_one_search_image_is_refused(compression, search):
     with pytest.raises(StudyError, match=rf"the frontier's {search}-0\.01 has 0\.01 points, but one of the"):
-        compression("resnet20").choices(Policy(search=search, epsilon=0.01))
+        choices_of(compression("resnet20"), Policy(search=search, epsilon=0.01))
 
 
 def test_where_nothing_before_a_layer_was_replaced_compensated_weights_are_the_optimum(compression, dataset):

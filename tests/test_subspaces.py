@@ -261,3 +261,23 @@ def test_numerical_rank_ignores_what_is_below_the_tolerance():
     matrix = torch.diag(torch.tensor([1.0, 1e-3, 1e-7, 0.0], dtype=torch.float64))
     assert numerical_rank(matrix) == 2
     assert numerical_rank(matrix, tolerance=1e-8) == 3
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_few_rows_that_are_mostly_zero_have_principal_subspaces_too(groups, monkeypatch):
+    """Where torch's own decomposition gives up, as it does on some of them, another takes its place."""
+    draw = torch.Generator().manual_seed(0)
+    rows = torch.relu(torch.randn(groups, 20, 400, generator=draw))
+    rows[:, :, torch.rand(400, generator=draw) < 0.9] = 0
+    moment = rows.double().mT @ rows.double()
+    expected = principal(moment)
+
+    def refuse(matrix):
+        raise torch.linalg.LinAlgError("failed to converge")
+
+    monkeypatch.setattr(torch.linalg, "eigh", refuse)
+    found = principal(moment)
+    torch.testing.assert_close(found.values, expected.values, rtol=0, atol=1e-9)
+    torch.testing.assert_close(found.projector(10), expected.projector(10), rtol=0, atol=1e-8)
+    both = moment @ found.vectors, found.vectors * found.values.unsqueeze(-2)
+    torch.testing.assert_close(*both, rtol=0, atol=1e-8)

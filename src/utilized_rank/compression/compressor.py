@@ -115,7 +115,7 @@ class Compression:
         """A copy of the network with layers in two, with the weights of ``method``.
 
         Args:
-            method: one of ``Method``.
+            method: a key of ``lowrank.METHODS``, or ``compensated``.
             choices: the form and rank of each layer that is put in two.
             dimensions: k_S and k_T of P_S W P_T; of a layer that is not in it both are its rank.
         """

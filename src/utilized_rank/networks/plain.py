@@ -19,6 +19,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from torch.utils import _pytree as pytree
 
 from .batches import call
+from .devices import device_of
 from .padded import Padded, SamePad
 from .products import Amounts, Product, Sides, Watch
 
@@ -70,7 +71,9 @@ def plain(network: nn.Module, batch: Any) -> dict[str, str]:
     modes = {module: module.training for module in network.modules()}
     network.eval()
     try:
-        with torch.random.fork_rng():  # some networks draw at random in evaluation, too
+        device = device_of(network)
+        # Some networks draw at random in evaluation, too.
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
             candidates = {name: module for name, module in network.named_modules() if name and _is_meant(module)}
             for name in _inside(network, (nn.MultiheadAttention, ParametrizationList)):
                 candidates.pop(name, None)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import scipy.linalg
 import torch
 from torch import Tensor
 
@@ -109,8 +110,19 @@ def leading(matrix: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 def _top(matrix: Tensor, k: int | None) -> tuple[Tensor, Tensor]:
     """The top k eigenpairs of all, which are computed, by descending eigenvalue."""
-    values, vectors = torch.linalg.eigh(matrix)
+    values, vectors = _eigh(matrix)
     return values.flip(-1)[..., :k], vectors.flip(-1)[..., :k]
+
+
+def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """All eigenpairs, ascending: (..., m), (..., m, m)."""
+    try:
+        values, vectors = torch.linalg.eigh(matrix)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # torch's LAPACK gives up on some matrices of a rank far below their order
+        pairs = [scipy.linalg.eigh(one) for one in matrix.reshape(-1, *matrix.shape[-2:]).cpu().numpy()]
+        values = torch.stack([torch.from_numpy(its) for its, _ in pairs]).reshape(matrix.shape[:-1])
+        vectors = torch.stack([torch.from_numpy(its) for _, its in pairs]).reshape(matrix.shape)
+    return values.to(matrix.device), vectors.to(matrix.device)
 
 
 def _largest_beside(matrix: Tensor, found: Tensor, size: int) -> Tensor:

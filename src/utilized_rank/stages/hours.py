@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import pandas as pd
@@ -19,8 +18,8 @@ from ..training.sections import Model
 from .plan import Scale
 
 BENCHMARK = Path("reports", "benchmarks", "gpu.csv")
-SECONDS = 1.0
-"""For which the passes of one network are timed."""
+SECONDS = 0.25
+"""That a pass of a batch takes at least, before it tells a rate."""
 
 
 def rates(study: Study, scale: Scale, asked: str, root: Path) -> tuple[dict[Model, float], str]:
@@ -73,14 +72,12 @@ def _flops(model: Model, scale: Scale) -> int:
 
 def _timed(model: Model, scale: Scale, device: torch.device) -> float:
     network = models.build(model, scale.shape, scale.classes).eval().to(device)
-    count, began = BATCH, time.perf_counter()
+    count = 1
     while True:
-        images = torch.randn(count, *scale.shape, device=device)
-        (seconds,) = cost.latencies([network], images, 0)
-        # Large images do not come in hundreds: fewer at a time are as quick an answer.
-        if seconds < SECONDS or count == 1 or time.perf_counter() - began > 4 * SECONDS:
+        (seconds,) = cost.latencies([network], torch.randn(count, *scale.shape, device=device), 0)
+        if seconds >= SECONDS or count >= BATCH:
             return count / seconds
-        count = max(1, count // 8)
+        count = min(BATCH, 4 * count)
 
 
 def with_hours(table: pd.DataFrame, study: Study, its: dict[Model, float]) -> pd.DataFrame:

@@ -46,9 +46,12 @@ def study_home(root: Path, name: str | None = None) -> Path:
         inside = Path.cwd().relative_to(root).parts if Path.cwd().is_relative_to(root) else ()
         own = root / "reports" / inside[1] if len(inside) > 1 and inside[0] in ("data", "reports") else root
         return own if (own / "params.yaml").is_file() else root
-    own = root if name == default_study(root) else root / "reports" / name
+    own = root / "reports" / name
     if (own / "params.yaml").is_file():
         return own
+    default = _read_yaml(root / "params.yaml")
+    if isinstance(default, dict) and default.get("name") == name:
+        return root
     if name in known_studies(root):
         raise StudyError(f"study {name} is not laid out yet: run `utilized-rank study {name}`")
     raise StudyError(f"there is no study {name!r}{suggestion(name, known_studies(root))}")
