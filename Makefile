@@ -21,7 +21,7 @@ test: .venv/ready
 test-large: .venv/ready
 	$(BIN)/pytest -m large
 
-# What needs a GPU (three minutes); torch, timm, pandas and pytest are enough: `python -m pytest --noconftest -m gpu tests/test_gpu.py`.
+# What needs a GPU; torch, timm, pandas and pytest are enough: `python -m pytest --noconftest -m gpu tests/test_gpu.py`.
 test-gpu: .venv/ready
 	$(BIN)/pytest --noconftest -m gpu tests/test_gpu.py
 
