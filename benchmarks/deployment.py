@@ -82,8 +82,8 @@ def _networks(setting: Setting) -> pd.DataFrame:
     for name in ("ResNet-20", "VGG11"):
         network = setting.network(name)
         images = setting.search(BATCHES[-1])[0]
-        for label, timed in (("where it saves weights", None), ("where faster", images)):
-            small = _decomposed(setting, network, timed)
+        for label, faster in (("where it saves weights", False), ("where faster", True)):
+            small = _decomposed(setting, network, images, faster)
             for batch in BATCHES:
                 dense, decomposed = cost.latencies([network, small], images[:batch], 1.0)
                 rows.append(
@@ -101,14 +101,14 @@ def _networks(setting: Setting) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _decomposed(setting: Setting, network: nn.Module, timed: Tensor | None) -> nn.Module:
+def _decomposed(setting: Setting, network: nn.Module, images: Tensor, faster: bool) -> nn.Module:
     layers = countable(network).layers
     moments = input_moments(network, layers, setting.calibration()[:512].split(128))
     rows = []
     for layer in layers:
         _, t = bases(layer, moments[layer.name], 1)
         rows.append({"layer": layer.name, "epsilon": 0.0, "k_s": layer.m, "k_t": energy_rank(t.values, ENERGY)})
-    return Decomposition(network, pd.DataFrame(rows), moments, timed).build("optimal", 0.0).network.eval()
+    return Decomposition(network, pd.DataFrame(rows), moments, images, faster).build("optimal", 0.0).network.eval()
 
 
 def draw(table: pd.DataFrame) -> Figure:

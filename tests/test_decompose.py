@@ -32,7 +32,7 @@ def decomposition(make, images):
     def of(name: str) -> Decomposition:
         network = make(name)
         moments = input_moments(network, countable(network).layers, [images])
-        return Decomposition(network, ranks(network), moments)
+        return Decomposition(network, ranks(network), moments, images)
 
     return of
 
@@ -84,13 +84,13 @@ def timed(make, images, monkeypatch):
         monkeypatch.setattr(decompose.cost, "latencies", latencies)
         network = make(name)
         moments = input_moments(network, countable(network).layers, [images])
-        return Decomposition(network, ranks(network), moments, images[:5]), calls
+        return Decomposition(network, ranks(network), moments, images[:5], faster=True), calls
 
     return of
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_with_images_a_layer_is_in_two_only_where_that_is_faster(timed, decomposition, method):
+def test_where_speed_counts_a_layer_is_in_two_only_where_that_is_faster(timed, decomposition, method):
     saving = decomposition("residual").build(method, 1.0).forms
     slow = {tuple(timed("residual", set())[0].network.conv2.weight.shape)}
     whole, calls = timed("residual", slow)
@@ -130,9 +130,9 @@ def test_as_many_dimensions_of_the_inputs_are_held_as_the_largest_rank_needs(dec
     network = make("residual")
     moments = input_moments(network, countable(network).layers, [images])
     found = ranks(network)
-    more = Decomposition(network, pd.concat([found, found.assign(k_s=4, epsilon=5.0)]), moments)
+    more = Decomposition(network, pd.concat([found, found.assign(k_s=4, epsilon=5.0)]), moments, images)
     assert [s.vectors.shape[-1] for s, _ in more.bases.values()] == [4, 4, 4, 4]
-    whole = Decomposition(network, found[found.epsilon == 0.0], moments)
+    whole = Decomposition(network, found[found.epsilon == 0.0], moments, images)
     assert [s.vectors.shape[-1] for s, _ in whole.bases.values()] == [1, 1, 1, 1]
     assert all(torch.equal(w, layer.weight().double()) for layer, w in whole.projected_weights(0.0).items())
 
@@ -153,7 +153,7 @@ def test_a_layer_that_was_not_measured_stays_as_it_is(decomposition, make, image
     network = make("residual")
     found = ranks(network).query("layer != @left_out")
     moments = input_moments(network, [x for x in countable(network).layers if x.name != left_out], [images])
-    whole = Decomposition(network, found, moments)
+    whole = Decomposition(network, found, moments, images)
     built = whole.build(method, 1.0)
     assert built.forms == {name: form for name, form in every.forms.items() if name != left_out}
     assert torch.equal(built.network.get_submodule(left_out).weight, network.get_submodule(left_out).weight)

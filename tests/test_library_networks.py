@@ -109,7 +109,7 @@ def test_a_librarys_network_is_measured_decomposed_tuned_and_reloaded(case, root
     found = measure.measure(network, dataset, how)
     assert_counted(found, case)
 
-    whole = Decomposition(network, found.layers, found.moments)
+    whole = Decomposition(network, found.layers, found.moments, inputs[:1])
     built = whole.build("optimal", 25.0)
     assert built.forms
     assert cost.parameters(built.network) < cost.parameters(network)

@@ -78,7 +78,7 @@ def decomposition(network) -> Decomposition:
         for energy in TABLE:
             k_s, k_t = energy_rank(s.values, energy), energy_rank(t.values, energy)
             rows.append({"layer": layer.name, "epsilon": energy, "k_s": k_s, "k_t": k_t})
-    return Decomposition(network, pd.DataFrame(rows), moments)
+    return Decomposition(network, pd.DataFrame(rows), moments, first_images("test.webp", 1))
 
 
 def test_the_unaltered_network_is_as_accurate_as_its_authors_say(network, accuracy):

@@ -14,10 +14,10 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, weight_norm
 
 from utilized_rank.compression.lowrank import Channel, weight_kept
-from utilized_rank.compression.pairs import Pair, factorized, form_of, restructure, substitute
+from utilized_rank.compression.pairs import factorized, form_of, restructure, substitute
 from utilized_rank.networks.attention import explicit
 from utilized_rank.networks.evaluation import outputs, received
-from utilized_rank.networks.padded import Padded, SamePad
+from utilized_rank.networks.modules import SamePad
 from utilized_rank.networks.plain import plain
 from utilized_rank.networks.suffix import Traced
 from utilized_rank.ranks.layers import Layer, countable
@@ -72,17 +72,17 @@ CONV = {"in_channels": 4, "out_channels": 6, "kernel_size": 3}
 TIMM = (4, 6, 3)
 CASES: dict[str, tuple[Callable[[], nn.Module], type[nn.Module]]] = {
     "same, stride 1": (lambda: Conv2dSame(*TIMM), nn.Conv2d),
-    "same, even kernel": (lambda: Conv2dSame(4, 6, (2, 4)), Padded),
-    "same, stride 2": (lambda: Conv2dSame(*TIMM, stride=2), Padded),
-    "same, dilated, grouped": (lambda: Conv2dSame(*TIMM, stride=(2, 1), dilation=(1, 2), groups=2), Padded),
-    "same, stride 4": (lambda: Conv2dSame(*TIMM, stride=4), Padded),
+    "same, even kernel": (lambda: Conv2dSame(4, 6, (2, 4)), nn.Sequential),
+    "same, stride 2": (lambda: Conv2dSame(*TIMM, stride=2), nn.Sequential),
+    "same, dilated, grouped": (lambda: Conv2dSame(*TIMM, stride=(2, 1), dilation=(1, 2), groups=2), nn.Sequential),
+    "same, stride 4": (lambda: Conv2dSame(*TIMM, stride=4), nn.Sequential),
     "standardised": (lambda: StdConv2d(*TIMM, bias=True), nn.Conv2d),
-    "standardised, same": (lambda: StdConv2dSame(*TIMM, stride=2), Padded),
+    "standardised, same": (lambda: StdConv2dSame(*TIMM, stride=2), nn.Sequential),
     "scaled": (lambda: ScaledStdConv2d(*TIMM, stride=2, groups=2), nn.Conv2d),
-    "scaled, same": (lambda: ScaledStdConv2dSame(*TIMM, stride=2), Padded),
-    "static": (lambda: Static(*TIMM, around=(0, 1, 0, 1), stride=2), Padded),
+    "scaled, same": (lambda: ScaledStdConv2dSame(*TIMM, stride=2), nn.Sequential),
+    "static": (lambda: Static(*TIMM, around=(0, 1, 0, 1), stride=2), nn.Sequential),
     "static, even": (lambda: Static(*TIMM, around=(2, 2, 1, 1), padding=1), nn.Conv2d),
-    "static, cropped": (lambda: Static(*TIMM, around=(-1, -1, 0, 0)), Padded),
+    "static, cropped": (lambda: Static(*TIMM, around=(-1, -1, 0, 0)), nn.Sequential),
     "weight norm": (lambda: weight_norm(nn.Conv2d(**CONV, padding=1)), nn.Conv2d),
     "weight norm, parametrized": (lambda: parametrizations.weight_norm(nn.Conv2d(**CONV)), nn.Conv2d),
     "weight norm, reflected": (
@@ -152,7 +152,7 @@ def test_a_convolution_that_does_more_becomes_a_plain_one_with_what_it_multiplie
         assert [*selection.left_out] == ["layer"]
         assert plain(network, images[0]) == {}
         assert type(network.layer) is kind
-        assert [layer.name for layer in countable(network).layers] == ["layer.conv" if kind is Padded else "layer"]
+        assert [layer.name for layer in countable(network).layers] == ["layer.conv" if kind is nn.Sequential else "layer"]
         for x, its in zip(images, expected, strict=True):
             assert_close(network(x), its)
             assert_is_its_rows_times_its_weight(network, x, its)
@@ -486,22 +486,6 @@ def test_all_layers_in_two_at_full_rank_compute_the_same_and_are_made_again_from
     restructure(untouched, forms)
     untouched.load_state_dict(network.state_dict())
     assert torch.equal(outputs(untouched, x), outputs(network, x))
-
-
-def test_a_padded_convolution_answers_for_its_parts_whole_or_in_two():
-    network = holding(lambda: Conv2dSame(*TIMM, stride=2))
-    given = network.layer
-    plain(network, scores(1, 4, 8, 8))
-    padded = network.layer
-    for name in ("in_channels", "out_channels", "kernel_size", "stride", "dilation", "groups", "padding"):
-        assert getattr(padded, name) == getattr(given, name)
-    assert padded.weight is padded.conv.weight
-    assert padded.bias is padded.conv.bias
-    layer = Layer("layer.conv", padded.conv)
-    substitute(network, {"layer.conv": factorized(layer, Channel(weight_kept(layer)).factors(layer.width))})
-    assert isinstance(padded.conv, Pair)
-    assert_close(padded.weight, given.weight)
-    assert torch.equal(padded.bias, given.bias)
 
 
 @pytest.mark.parametrize("name", NETWORKS)

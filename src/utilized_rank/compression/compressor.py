@@ -20,7 +20,7 @@ from .costs import COSTS, Candidate, Choices, Costs, candidates
 from .decomposition import Decomposed
 from .losses import LOSSES, Losses
 from .lowrank import FORMS, Factors, Fit, Target, outputs_kept, projection, weight_kept
-from .pairs import factorized, form_of, substitute
+from .pairs import factorized, form_of, indivisible, substitute
 from .policies import Budgets, Cumulative, Joint, independent, joint
 
 
@@ -61,7 +61,11 @@ class Compression:
         self.together = together
         self.memory = memory
         found = [layer for layer in countable(network).layers if layer.name in moments]
-        self.layers = {layer.name: layer for layer in in_call_order(network, found, inputs[:1])}
+        self.left_whole = indivisible(network, found, inputs[:1])
+        """Layers that cannot be put in two, and why."""
+        free = [layer for layer in found if layer.name not in self.left_whole]
+        self.layers = {layer.name: layer for layer in in_call_order(network, free, inputs[:1])}
+        """The others, in the order of calls."""
         self._known: dict[str, Costs] = {}
         self._budgets: dict[str, Budgets] = {}
         self._spent: dict[tuple[str, float], Choices] = {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from ..ranks.moments import Moments
 from ..ranks.projection import bases, projected, replaced
 from ..ranks.subspaces import Subspace, numerical_rank
 from .lowrank import METHODS, Channel, Target, right_singular, saves
-from .pairs import factorized, form_of, substitute
+from .pairs import factorized, form_of, indivisible, substitute
 
 
 @dataclass(frozen=True)
@@ -39,14 +40,21 @@ class Decomposition:
         network: never changed.
         layers: its utilized ranks, as in ``Measurement.layers``.
         moments: of the inputs of its layers.
-        images: where given, a layer is put in two only where that is faster on them, (N, C, H, W).
+        images: an example of what it is called with, (N, C, H, W).
+        faster: put a layer in two only where that is faster on the images.
     """
 
     def __init__(
-        self, network: nn.Module, layers: pd.DataFrame, moments: dict[str, Moments], images: Tensor | None = None
+        self,
+        network: nn.Module,
+        layers: pd.DataFrame,
+        moments: dict[str, Moments],
+        images: Tensor,
+        faster: bool = False,
     ) -> None:
         self.network = network
         self.images = images
+        self.faster = faster
         self.layers = {layer.name: layer for layer in countable(network).layers if layer.name in moments}
         self.ranks = layers
         self.moments = moments
@@ -73,17 +81,22 @@ class Decomposition:
 
     def build(self, method: str, epsilon: float) -> Decomposed:
         """A copy of the network with every layer in two where that saves weights (and time), by ``method``."""
-        chosen = [t for t in self.targets(epsilon) if saves(t.layer, "channel", t.rank)]
+        can_save = [t for t in self.targets(epsilon) if saves(t.layer, "channel", t.rank)]
+        chosen = [t for t in can_save if t.layer.name not in self._indivisible]
         factors = {t.layer.name: Channel(METHODS[method](t)).factors(t.rank) for t in chosen}
         network = copy.deepcopy(self.network)
         pairs = {name: factorized(self.layers[name], factor) for name, factor in factors.items()}
-        if self.images is not None:
-            pairs = {name: two for name, two in pairs.items() if self._is_faster(self.layers[name], two, self.images)}
+        if self.faster:
+            pairs = {name: two for name, two in pairs.items() if self._is_faster(self.layers[name], two)}
         substitute(network, dict(pairs))
         return Decomposed(network, {name: form_of(two, factors[name]) for name, two in pairs.items()})
 
-    def _is_faster(self, layer: Layer, two: nn.Module, images: Tensor) -> bool:
-        inputs = features(self.network, layer.module, images)
+    @cached_property
+    def _indivisible(self) -> dict[str, str]:
+        return indivisible(self.network, list(self.layers.values()), self.images[:1])
+
+    def _is_faster(self, layer: Layer, two: nn.Module) -> bool:
+        inputs = features(self.network, layer.module, self.images)
         dense, decomposed = cost.latencies([layer.module, two.eval()], inputs)
         return decomposed < dense
 

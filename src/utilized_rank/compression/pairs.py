@@ -1,63 +1,32 @@
-"""Two layers in place of one: made, put in place, and given to a network again."""
+"""Two layers in place of one: where that can be, made, put in place, and given to a network again."""
 
 from __future__ import annotations
 
+import copy
+from collections import defaultdict
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from ..networks.padded import ASKED
+from ..networks.batches import call
+from ..networks.devices import placed
 from ..ranks.layers import Layer, Weighted
 from .lowrank import Factors, patch_sizes
 
 
-class Pair(nn.Sequential):
-    """Two layers in place of one: whoever asks for its weight, its bias or its sizes gets what the one would answer.
-
-    Args:
-        first: m to r.
-        second: r to n.
-        module: the one that they stand for; it is not kept.
-    """
-
-    __jit_unused_properties__ = ("weight", "bias")
-
-    def __init__(self, first: nn.Module, second: nn.Module, module: Weighted) -> None:
-        super().__init__(first, second)
-        for name in ASKED:
-            if hasattr(module, name):
-                setattr(self, name, getattr(module, name))
-
-    @property
-    def weight(self) -> Tensor:
-        """The product of both weights, in the shape of the one layer's."""
-        first, second = cast(Tensor, self[0].weight), cast(Tensor, self[1].weight)
-        if first.ndim == 2:
-            return second @ first
-        groups = cast(int, self.groups)
-        first, second = (weight.unflatten(0, (groups, -1)) for weight in (first, second))  # (g, r, C, k_h, 1 or k_w)
-        product = torch.einsum("gnrxy,grcij->gncixjy", second, first)  # one of i and x, and of j and y, is 1 long
-        return product.flatten(5).flatten(3, 4).flatten(0, 1)
-
-    @property
-    def bias(self) -> Tensor | None:
-        """The second layer's."""
-        return cast(Tensor | None, self[1].bias)
-
-
-def pair(module: Weighted, form: str, rank: int, bias: bool) -> Pair:
+def pair(module: Weighted, form: str, rank: int, bias: bool) -> nn.Sequential:
     """Two layers in place of ``module``, in a form of :data:`FORMS`, with random weights."""
     like: dict[str, Any] = {"device": module.weight.device, "dtype": module.weight.dtype}
     if isinstance(module, nn.Linear):
         first: nn.Module = nn.Linear(module.in_features, rank, bias=False, **like)
-        return Pair(first, nn.Linear(rank, module.out_features, bias, **like), module)
+        return nn.Sequential(first, nn.Linear(rank, module.out_features, bias, **like))
     groups, inner = module.groups, module.groups * rank
     how = {name: getattr(module, name) for name in ("kernel_size", "stride", "padding", "dilation")}
     first_how, second_how = (how, {"kernel_size": 1}) if form == "channel" else (_one_way(how, 0), _one_way(how, 1))
     like |= {"groups": groups, "padding_mode": module.padding_mode}
     first = nn.Conv2d(module.in_channels, inner, bias=False, **first_how, **like)
-    return Pair(first, nn.Conv2d(inner, module.out_channels, bias=bias, **second_how, **like), module)
+    return nn.Sequential(first, nn.Conv2d(inner, module.out_channels, bias=bias, **second_how, **like))
 
 
 def _one_way(how: dict[str, Any], way: int) -> dict[str, Any]:
@@ -70,7 +39,7 @@ def _one_way(how: dict[str, Any], way: int) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def factorized(layer: Layer, factors: Factors) -> Pair:
+def factorized(layer: Layer, factors: Factors) -> nn.Sequential:
     """The two layers that compute what ``factors`` say."""
     module = layer.module
     bias = bias_of(layer, factors.bias)
@@ -84,6 +53,7 @@ def factorized(layer: Layer, factors: Factors) -> Pair:
         weight.copy_(matrix.mT.reshape(weight.shape))
     if bias is not None:
         cast(Tensor, two[1].bias).copy_(bias)
+    two.requires_grad_(module.weight.requires_grad)
     return two.to(memory_format=torch.channels_last)
 
 
@@ -107,7 +77,7 @@ def substitute(network: nn.Module, modules: dict[str, nn.Module]) -> None:
             setattr(network.get_submodule(parent), child, new[old])
 
 
-def form_of(two: Pair, factors: Factors) -> list[Any]:
+def form_of(two: nn.Sequential, factors: Factors) -> list[Any]:
     """What :func:`restructure` needs to make the two layers again: form, rank, and whether they have a bias."""
     return [factors.form, factors.rank, int(two[1].bias is not None)]
 
@@ -122,3 +92,35 @@ def restructure(network: nn.Module, forms: dict[str, list[Any]]) -> None:
     found = {name: (network.get_submodule(name), *how) for name, how in forms.items()}
     pairs = {name: pair(m, form, rank, bool(bias)) for name, (m, form, rank, bias) in found.items()}
     substitute(network, {name: two.to(memory_format=torch.channels_last) for name, two in pairs.items()})
+
+
+@torch.no_grad()
+def indivisible(network: nn.Module, layers: list[Layer], batch: Any) -> dict[str, str]:
+    """Why some of the layers cannot be put in two, by name.
+
+    Args:
+        network: not changed.
+        layers: of it.
+        batch: an example of what it is called with.
+    """
+    owners: dict[int, list[str]] = defaultdict(list)
+    for name, module in network.named_modules():
+        for parameter in module.parameters(recurse=False):
+            owners[id(parameter)].append(name)
+    others = {layer.name: [n for n in owners[id(layer.module.weight)] if n != layer.name] for layer in layers}
+    why = {name: f"its weight is also that of {', '.join(shared)}" for name, shared in others.items() if shared}
+    batch = placed(batch, network)
+
+    def read(some: list[Layer]) -> list[Layer]:
+        """Those without which the network cannot be run."""
+        trial = copy.deepcopy(network)
+        substitute(trial, {its.name: pair(its.module, "channel", 1, its.module.bias is not None) for its in some})
+        try:
+            call(trial, batch)
+        except Exception:  # the network's own code, which may ask a layer for what two have not
+            half = len(some) // 2
+            return some if len(some) == 1 else read(some[:half]) + read(some[half:])
+        return []
+
+    free = [layer for layer in layers if layer.name not in why]
+    return why | {layer.name: "the network does something else with it than call it" for layer in read(free)}

@@ -10,78 +10,27 @@ from collections.abc import Iterator
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-
-class Attention(nn.Module):
-    """What an ``nn.MultiheadAttention`` computes, by linear layers ``qkv`` and ``proj``; no weights are given back.
-
-    Raises:
-        NotImplementedError: a call with queries other than keys and values (they have no common projection).
-    """
-
-    def __init__(self, given: nn.MultiheadAttention) -> None:
-        super().__init__()
-        self.heads = given.num_heads
-        self.batch_first = given.batch_first
-        self.dropout = given.dropout
-        self.qkv = nn.Linear(given.embed_dim, 3 * given.embed_dim, bias=given.in_proj_bias is not None)
-        self.proj = nn.Linear(given.embed_dim, given.embed_dim, bias=given.out_proj.bias is not None)
-        self.qkv.weight, self.proj.weight = given.in_proj_weight, given.out_proj.weight
-        if given.in_proj_bias is not None:
-            self.qkv.bias, self.proj.bias = given.in_proj_bias, given.out_proj.bias
-        # What a transformer's layer asks before it takes its fused path, which would not call these layers.
-        self.in_proj_bias = None
-        self._qkv_same_embed_dim = False
-        self.train(given.training)
-
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        key_padding_mask: Tensor | None = None,
-        need_weights: bool = False,
-        attn_mask: Tensor | None = None,
-        average_attn_weights: bool = True,
-        is_causal: bool = False,
-    ) -> tuple[Tensor, None]:
-        """Arguments as of ``nn.MultiheadAttention``; the result (B, L, D) as its, and None for the weights."""
-        if query is not key or key is not value:
-            raise NotImplementedError("attention of one sequence to another has no common projection to measure")
-        x = query if self.batch_first else query.transpose(0, 1)
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        mask = None if attn_mask is None else _added(attn_mask, q.dtype)
-        if mask is not None and mask.ndim == 3:
-            mask = mask.unflatten(0, (-1, self.heads))  # from (B H, L, L)
-        if key_padding_mask is not None:
-            padding = _added(key_padding_mask, q.dtype)[:, None, None]
-            mask = padding if mask is None else mask + padding
-        # As nn.MultiheadAttention has it, is_causal is a hint about the mask that comes with it.
-        out = F.scaled_dot_product_attention(q, k, v, mask, self.dropout if self.training else 0.0)
-        out = self.proj(out.transpose(1, 2).flatten(2))
-        return out if self.batch_first else out.transpose(0, 1), None
-
-
-def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """What is added to the scores; in a mask of truth values, True means left out."""
-    return torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, -torch.inf) if mask.dtype == torch.bool else mask
+from .modules import Attention
 
 
 class Side(nn.Module):
-    """Linear layers side by side: their outputs, one after the other."""
+    """Linear layers side by side, ``names``: their outputs, one after the other.
 
-    def __init__(self, fused: nn.Linear, names: tuple[str, ...]) -> None:
+    Args:
+        in_features: m.
+        out_features: n, of all together.
+        bias: whether they have one.
+        names: of the layers, which have equal parts of n.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool, names: tuple[str, ...]) -> None:
         super().__init__()
+        self.in_features, self.out_features = in_features, out_features
         self.names = names
-        biases = [None] * len(names) if fused.bias is None else fused.bias.chunk(len(names))
-        for name, weight, bias in zip(names, fused.weight.chunk(len(names)), biases, strict=True):
-            part = nn.Linear(fused.in_features, len(weight), bias=bias is not None)
-            part.weight = nn.Parameter(weight.detach().clone())
-            if bias is not None:
-                part.bias = nn.Parameter(bias.detach().clone())
-            self.add_module(name, part)
+        for name in names:
+            self.add_module(name, nn.Linear(in_features, out_features // len(names), bias))
 
     @property
     def weight(self) -> Tensor:
@@ -111,13 +60,13 @@ def explicit(network: nn.Module, split: bool) -> nn.Module:
     made: dict[nn.Module, nn.Module] = {}  # a module under two names stays one
     for parent, name, child in _children(network):
         if isinstance(child, nn.MultiheadAttention) and _is_plain(child):
-            setattr(parent, name, made.setdefault(child, Attention(child)))
+            setattr(parent, name, made.setdefault(child, _called(child)))
     for module in network.modules():
         if isinstance(module, nn.TransformerEncoder):
             module.use_nested_tensor = False  # it would hand its layers sequences of different lengths, to be fused
     for parent, name, child in _children(network) if split else []:
         if name == "qkv" and isinstance(child, nn.Linear) and child.out_features == 3 * child.in_features:
-            setattr(parent, name, made.setdefault(child, Side(child, ("q", "k", "v"))))
+            setattr(parent, name, made.setdefault(child, _split(child, ("q", "k", "v"))))
     return network
 
 
@@ -130,3 +79,25 @@ def _children(network: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
 def _is_plain(attention: nn.MultiheadAttention) -> bool:
     added = attention.bias_k is not None or attention.add_zero_attn
     return attention.in_proj_weight is not None and not added
+
+
+def _called(given: nn.MultiheadAttention) -> Attention:
+    """The same attention, with the very parameters of the given one."""
+    has_bias = given.in_proj_bias is not None
+    made = Attention(given.embed_dim, given.num_heads, has_bias, given.dropout, given.batch_first)
+    made.qkv.weight, made.proj.weight = given.in_proj_weight, given.out_proj.weight
+    if has_bias:
+        made.qkv.bias, made.proj.bias = given.in_proj_bias, given.out_proj.bias
+    return made.train(given.training)
+
+
+def _split(fused: nn.Linear, names: tuple[str, ...]) -> Side:
+    """A linear layer in equal parts, with copies of its weights."""
+    made = Side(fused.in_features, fused.out_features, fused.bias is not None, names).to(fused.weight)
+    biases = [None] * len(names) if fused.bias is None else fused.bias.chunk(len(names))
+    for name, weight, bias in zip(names, fused.weight.chunk(len(names)), biases, strict=True):
+        part = cast(nn.Linear, made.get_submodule(name))
+        part.weight = nn.Parameter(weight.detach().clone())
+        if bias is not None:
+            part.bias = nn.Parameter(bias.detach().clone())
+    return made.train(fused.training)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .batches import Batches, call
 from .devices import placed
+from .hooks import held
 
 BATCH = 256
 
@@ -68,10 +69,6 @@ def received(network: nn.Module, modules: Iterable[nn.Module], batch: Any) -> li
     With each, a copy of what the module is called with: the network may change it in place later on.
     """
     seen: list[tuple[nn.Module, Tensor]] = []
-    handles = [m.register_forward_pre_hook(lambda m, args: seen.append((m, args[0].clone()))) for m in modules]
-    try:
+    with held(m.register_forward_pre_hook(lambda m, args: seen.append((m, args[0].clone()))) for m in modules):
         call(network.eval(), placed(batch, network))
-    finally:
-        for handle in handles:
-            handle.remove()
     return seen

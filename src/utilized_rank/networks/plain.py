@@ -7,8 +7,8 @@ layer with that weight takes the module's place.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -20,8 +20,9 @@ from torch.utils import _pytree as pytree
 
 from .batches import call
 from .devices import device_of
-from .padded import Padded, SamePad
-from .products import Amounts, Product, Sides, Watch
+from .hooks import held
+from .modules import SamePad, Sides, same_around
+from .products import Amounts, Product, Watch
 
 WEIGHTED = (nn.Linear, nn.Conv2d)
 AGREE = 1e-5
@@ -52,8 +53,8 @@ def plain(network: nn.Module, batch: Any) -> dict[str, str]:
 
     That is: linear layers and two-dimensional convolutions with a forward of their own or a weight that is no
     parameter (normalised, parametrized, pruned), and modules without parts whose one matrix is multiplied by their
-    input. One with zeros around its input that no convolution has of its own becomes a :class:`Padded`: the layer is
-    its part ``conv``. Each is replaced only if it was called with one tensor, multiplies it once, by the same weight
+    input. One with zeros around its input that no convolution has of its own becomes two modules, and the layer is
+    the second, ``conv``. Each is replaced only if it was called with one tensor, multiplies it once, by the same weight
     for different inputs, and the plain layer then gives its outputs; all together only if the network then gives
     its own. On the meta device, where there are no values, what is called decides alone.
 
@@ -77,6 +78,8 @@ def plain(network: nn.Module, batch: Any) -> dict[str, str]:
             candidates = {name: module for name, module in network.named_modules() if name and _is_meant(module)}
             for name in _inside(network, (nn.MultiheadAttention, ParametrizationList)):
                 candidates.pop(name, None)
+            if not candidates:
+                return {}
             expected, inputs = _called(network, batch, list(candidates.values()))
             made, stay = _layers(candidates, inputs)
             for old, new in made.items():
@@ -123,17 +126,8 @@ def _called(network: nn.Module, batch: Any, modules: list[nn.Module]) -> tuple[A
         elif module not in seen:
             seen[module] = args[0].clone()  # the network may change it in place later on
 
-    with _hooks([module.register_forward_pre_hook(look, with_kwargs=True) for module in modules]):
+    with held(module.register_forward_pre_hook(look, with_kwargs=True) for module in modules):
         return _run(network, batch), seen
-
-
-@contextmanager
-def _hooks(handles: list[torch.utils.hooks.RemovableHandle]) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _layers(
@@ -236,7 +230,7 @@ def _convolution(module: nn.Module, runs: list[Run]) -> nn.Module:
     channels = weight.shape[1] * how["groups"]
     conv = nn.Conv2d(channels, len(weight), kernel, **how, padding_mode=cast(Any, kind), device="meta")
     _fill(conv, module, product)
-    return conv if pad is None else Padded(pad, conv, module)
+    return conv if pad is None else nn.Sequential(OrderedDict(pad=pad, conv=conv))
 
 
 def _padding(runs: list[Run]) -> tuple[str, list[Amounts]]:
@@ -258,7 +252,8 @@ def _pad(runs: list[Run], around: list[Amounts], same: SamePad) -> nn.Module:
     if len({*around}) == 1:
         return nn.ZeroPad2d(around[0])
     for run, amounts in zip(runs, around, strict=True):
-        if same.amounts(run.inputs.shape[-2], run.inputs.shape[-1]) != amounts:
+        size = (run.inputs.shape[-2], run.inputs.shape[-1])
+        if same_around(size, same.kernel, same.stride, same.dilation) != amounts:
             raise Stays("pads by a rule of its own")
     return same
 

@@ -11,9 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-Sides = tuple[int, int]
-"""Along the height and the width of an image."""
-
+from .modules import Sides
 
 Amounts = tuple[int, int, int, int]
 """Pixels of padding: left, right, top, bottom (they may be negative)."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, NoReturn
@@ -11,10 +11,12 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ..networks.batches import call, count
 from ..networks.devices import CPU, looks, placed, sums_on, truth
 from ..networks.evaluation import logits_of
+from ..networks.hooks import held
 from .correlations import TERMS, Correlations, pays
 from .layers import Layer
 
@@ -209,17 +211,11 @@ def _check(moments: dict[str, Moments]) -> None:
             raise FloatingPointError(f"layer {name} received values that are not finite (NaN or Inf)")
 
 
-@contextmanager
-def _watching(streams: dict[str, Stream], images: int) -> Iterator[None]:
-    def hook(stream: Stream) -> torch.utils.hooks.RemovableHandle:
+def _watching(streams: dict[str, Stream], images: int) -> AbstractContextManager[None]:
+    def hook(stream: Stream) -> RemovableHandle:
         return stream.layer.module.register_forward_pre_hook(lambda _, args: stream.add(args[0], images))
 
-    handles = [hook(stream) for stream in streams.values()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    return held(map(hook, streams.values()))
 
 
 def to_tensors(moments: dict[str, Moments]) -> dict[str, Tensor]:

@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from ..base.files import file_hash, read_tensors
 from ..base.sections import StudyError
 from ..datasets.images import CHANNELS
-from ..networks.attention import explicit
 from ..networks.devices import device_of
-from ..networks.plain import plain
+from ..networks.standard import standardize
 from .sections import Model
 
 Shape = tuple[int, int, int]
@@ -228,9 +227,9 @@ def callable_layers(network: nn.Module, shape: Shape, qkv: str) -> nn.Module:
         shape: of images: channels, height, width.
         qkv: as of :func:`load`.
     """
-    explicit(network, qkv == "split").eval()
     generator = torch.Generator("cpu").manual_seed(0)
-    plain(network, torch.randn(1, *shape, generator=generator, device="cpu").to(device_of(network)))
+    image = torch.randn(1, *shape, generator=generator, device="cpu").to(device_of(network))
+    standardize(network, image, qkv == "split")
     return network
 
 
