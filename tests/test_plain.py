@@ -20,7 +20,7 @@ from utilized_rank.networks.evaluation import outputs, received
 from utilized_rank.networks.modules import SamePad
 from utilized_rank.networks.plain import plain
 from utilized_rank.networks.suffix import Traced
-from utilized_rank.ranks.layers import Layer, countable
+from utilized_rank.ranks.layers import countable
 from utilized_rank.ranks.moments import input_moments
 
 
@@ -152,7 +152,9 @@ def test_a_convolution_that_does_more_becomes_a_plain_one_with_what_it_multiplie
         assert [*selection.left_out] == ["layer"]
         assert plain(network, images[0]) == {}
         assert type(network.layer) is kind
-        assert [layer.name for layer in countable(network).layers] == ["layer.conv" if kind is nn.Sequential else "layer"]
+        assert [layer.name for layer in countable(network).layers] == [
+            "layer.conv" if kind is nn.Sequential else "layer"
+        ]
         for x, its in zip(images, expected, strict=True):
             assert_close(network(x), its)
             assert_is_its_rows_times_its_weight(network, x, its)

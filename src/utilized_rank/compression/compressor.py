@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from torch import nn
+from tqdm import tqdm
 
 from ..networks.batches import Batches
 from ..networks.evaluation import Score, received
@@ -31,12 +32,13 @@ class Compression:
         network: never changed.
         moments: of the inputs of its layers.
         inputs: calibration inputs, that weights are compensated on; no labels are used.
-        score: of the search split, the higher the better.
+        score: of the search split, the higher the better; budgets need none.
         forms: that a layer may take, of ``lowrank.FORMS``.
         losses: what a budget adds up over the layers, of ``losses.LOSSES``.
         loss_inputs: calibration inputs that the divergence is measured on; ``inputs`` where it is None.
         together: inputs at a time, where latency is measured.
         memory: MiB that the values that flow into a layer may take.
+        progress: show how far losses and weights are.
     """
 
     def __init__(
@@ -44,12 +46,13 @@ class Compression:
         network: nn.Module,
         moments: dict[str, Moments],
         inputs: Batches,
-        score: Score,
+        score: Score | None = None,
         forms: Sequence[str] = ("channel", "spatial"),
         losses: str = "divergence",
         loss_inputs: Batches | None = None,
         together: int = 64,
         memory: int = 2048,
+        progress: bool = False,
     ) -> None:
         self.network = network.eval()
         self.moments = moments
@@ -60,6 +63,7 @@ class Compression:
         self.loss_inputs = inputs if loss_inputs is None else loss_inputs
         self.together = together
         self.memory = memory
+        self.progress = progress
         found = [layer for layer in countable(network).layers if layer.name in moments]
         self.left_whole = indivisible(network, found, inputs[:1])
         """Layers that cannot be put in two, and why."""
@@ -101,10 +105,11 @@ class Compression:
         return self._joints[method, epsilon]
 
     def _joint(self, method: str, epsilon: float) -> Joint:
-        needed = self.score(self.network) - epsilon - 1e-9
+        score = self._asked()
+        needed = score(self.network) - epsilon - 1e-9
 
         def passes(choices: Choices) -> bool:
-            return self.score(self.build(method, choices).network) >= needed
+            return score(self.build(method, choices).network) >= needed
 
         budgets = self.budgets("params")
         found = joint(budgets, passes)
@@ -140,7 +145,7 @@ class Compression:
     def _spend(self, method: str, epsilon: float) -> Choices:
         small = copy.deepcopy(self.network)
         layers, flops = list(self.layers.values()), self._costs("flops")
-        search = Cumulative(small, layers, self.forms, flops, self.score, epsilon, self.memory)
+        search = Cumulative(small, layers, self.forms, flops, self._asked(), epsilon, self.memory)
         whole = {layer.name: (layer.m, layer.n) for layer in layers}
         made = self._in_turn(small, method, whole, search.choose)
         return {name: (form, rank) for name, (form, rank, _) in made.forms.items()}
@@ -162,7 +167,7 @@ class Compression:
         """
         fit = self._fits(method, small, dimensions)
         forms = {}
-        for name, layer in self.layers.items():
+        for name, layer in tqdm(self.layers.items(), "weights", leave=False, unit="layer", disable=not self.progress):
             factors = choose(fit(layer)) if name in dimensions else None
             if factors is not None:
                 two = factorized(layer, factors).eval()
@@ -193,7 +198,13 @@ class Compression:
 
     @cached_property
     def _losses(self) -> Losses:
-        return LOSSES[self.losses](self.network, self._candidates, self.loss_inputs, self.memory)
+        layers = tqdm(self._candidates, "losses", leave=False, unit="layer", disable=not self.progress)
+        return LOSSES[self.losses](self.network, layers, self.loss_inputs, self.memory)
+
+    def _asked(self) -> Score:
+        if self.score is None:
+            raise ValueError("a search needs a score")
+        return self.score
 
     def _costs(self, kind: str) -> Costs:
         if kind not in self._known:

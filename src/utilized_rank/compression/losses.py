@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 
 import numpy as np
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..networks.batches import Batches
-from ..networks.evaluation import outputs
+from ..networks.evaluation import class_dimension, outputs
 from ..networks.suffix import Suffix, Traced
 from ..ranks.layers import Layer
 from ..ranks.projection import replaced
@@ -22,13 +22,13 @@ Losses = dict[str, dict[str, np.ndarray]]
 """What the network loses where a layer takes a form at rank 1, 2, ...: by layer and form, float64."""
 
 
-def energy_losses(network: nn.Module, layers: list[Candidate], images: Batches, memory: int) -> Losses:
+def energy_losses(network: nn.Module, layers: Iterable[Candidate], images: Batches, memory: int) -> Losses:
     """The part of the variance of a layer's outputs that is lost (BALF's energy, relative to the layer's own)."""
     return {c.layer.name: {form: _relative(cut)[1:] for form, cut in c.cuts.items()} for c in layers}
 
 
 @torch.inference_mode()
-def divergence_losses(network: nn.Module, layers: list[Candidate], images: Batches, memory: int) -> Losses:
+def divergence_losses(network: nn.Module, layers: Iterable[Candidate], images: Batches, memory: int) -> Losses:
     """The mean Kullback-Leibler divergence of the network's predictions, in nats, with one layer cut.
 
     Measured in each form at a few ranks, and in between from the lost part of the outputs' variance, on a double
@@ -41,7 +41,9 @@ def divergence_losses(network: nn.Module, layers: list[Candidate], images: Batch
         memory: MiB.
     """
     suffix = Suffix(Traced(network.eval()), images, torch.arange(len(images)).split(128), memory * 2**20)
-    before = outputs(network, images, 128).log_softmax(1)
+    before = outputs(network, images, 128)
+    classes = class_dimension(before)
+    before = before.log_softmax(classes)
     losses: Losses = {}
     for candidate in layers:
         layer = candidate.layer
@@ -49,8 +51,8 @@ def divergence_losses(network: nn.Module, layers: list[Candidate], images: Batch
 
         def divergence(factors: Factors, layer: Layer = layer) -> float:
             with cut_to(layer, factors):
-                after = torch.cat([suffix.logits(i) for i in range(len(suffix.batches))]).float().log_softmax(1)
-            return float((before.exp() * (before - after)).sum(1).mean())
+                after = torch.cat([suffix.logits(i) for i in range(len(suffix.batches))]).float().log_softmax(classes)
+            return float((before.exp() * (before - after)).sum(classes).mean())
 
         losses[layer.name] = {}
         for form, cut in candidate.cuts.items():
@@ -60,7 +62,7 @@ def divergence_losses(network: nn.Module, layers: list[Candidate], images: Batch
     return losses
 
 
-LOSSES: dict[str, Callable[[nn.Module, list[Candidate], Batches, int], Losses]] = {
+LOSSES: dict[str, Callable[[nn.Module, Iterable[Candidate], Batches, int], Losses]] = {
     "energy": energy_losses,
     "divergence": divergence_losses,
 }

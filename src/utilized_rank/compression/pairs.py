@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..networks.batches import call
 from ..networks.devices import placed
+from ..networks.exchange import undisturbed
 from ..ranks.layers import Layer, Weighted
 from .lowrank import Factors, patch_sizes
 
@@ -122,5 +123,6 @@ def indivisible(network: nn.Module, layers: list[Layer], batch: Any) -> dict[str
             return some if len(some) == 1 else read(some[:half]) + read(some[half:])
         return []
 
-    free = [layer for layer in layers if layer.name not in why]
-    return why | {layer.name: "the network does something else with it than call it" for layer in read(free)}
+    with undisturbed(network):  # layers are made with random weights
+        found = read([layer for layer in layers if layer.name not in why])
+    return why | {layer.name: "the network does something else with it than call it" for layer in found}

@@ -24,6 +24,11 @@ def logits_of(given: Any) -> Tensor:
     return given
 
 
+def class_dimension(logits: Tensor) -> int:
+    """Where the classes lie: behind the positions of sequences (B, L, C), else before those of images (B, C, H, W)."""
+    return -1 if logits.ndim == 3 else 1
+
+
 @torch.inference_mode()
 def outputs(network: nn.Module, inputs: Batches, batch_size: int = BATCH) -> Tensor:
     """What a network in evaluation mode gives for ``inputs`` (N, ...): (N, ...), float32, on its device."""

@@ -8,7 +8,7 @@ layer with that weight takes the module's place.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -16,10 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
-from torch.utils import _pytree as pytree
 
-from .batches import call
-from .devices import device_of
+from . import exchange
 from .hooks import held
 from .modules import SamePad, Sides, same_around
 from .products import Amounts, Product, Watch
@@ -27,8 +25,6 @@ from .products import Amounts, Product, Watch
 WEIGHTED = (nn.Linear, nn.Conv2d)
 AGREE = 1e-5
 """How far outputs may lie apart, over the largest of them: of a layer, in float32."""
-NETWORKS_AGREE = 1e-3
-"""Likewise of a whole network, whose layers add up."""
 SCALE = -8.0
 """Inputs that a module is tried on beside its own are these times larger: what is not linear shows."""
 NOTHING = "multiplies its input by nothing"
@@ -72,9 +68,8 @@ def plain(network: nn.Module, batch: Any) -> dict[str, str]:
     modes = {module: module.training for module in network.modules()}
     network.eval()
     try:
-        device = device_of(network)
         # Some networks draw at random in evaluation, too.
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        with exchange.undisturbed(network):
             candidates = {name: module for name, module in network.named_modules() if name and _is_meant(module)}
             for name in _inside(network, (nn.MultiheadAttention, ParametrizationList)):
                 candidates.pop(name, None)
@@ -84,7 +79,7 @@ def plain(network: nn.Module, batch: Any) -> dict[str, str]:
             made, stay = _layers(candidates, inputs)
             for old, new in made.items():
                 new.train(modes[old])
-            refused = _put_where_same(network, made, lambda: _same_network(network, batch, expected))
+            refused = exchange.put_where_same(network, made, batch, expected)
     finally:
         for module, mode in modes.items():
             module.training = mode
@@ -110,11 +105,6 @@ def _reason(module: nn.Module, why: object) -> str:
     return f"{type(module).__name__}: {why}"
 
 
-def _run(network: nn.Module, batch: Any) -> Any:
-    torch.manual_seed(0)
-    return call(network, batch)
-
-
 def _called(network: nn.Module, batch: Any, modules: list[nn.Module]) -> tuple[Any, dict[nn.Module, Tensor | None]]:
     """What the network gives, and what each module is first called with; None where that is not one tensor."""
     seen: dict[nn.Module, Tensor | None] = {}
@@ -127,7 +117,7 @@ def _called(network: nn.Module, batch: Any, modules: list[nn.Module]) -> tuple[A
             seen[module] = args[0].clone()  # the network may change it in place later on
 
     with held(module.register_forward_pre_hook(look, with_kwargs=True) for module in modules):
-        return _run(network, batch), seen
+        return exchange.run(network, batch), seen
 
 
 def _layers(
@@ -160,11 +150,11 @@ def _layer(module: nn.Module, inputs: dict[nn.Module, Tensor | None]) -> nn.Modu
         raise Stays("is called with something else than one tensor")
     first = _watched(module, x)
     runs = [first, *(_watched(module, other) for other in _others(first))]
-    if not all(_same(first.product.weight, run.product.weight, AGREE) for run in runs):
+    if not all(exchange.same(first.product.weight, run.product.weight, AGREE) for run in runs):
         raise Stays("its weight depends on its input")
     layer = _linear(module, first.product) if first.product.how is None else _convolution(module, runs)
     for run in runs:
-        if not _same(layer(run.inputs), run.outputs, AGREE):
+        if not exchange.same(layer(run.inputs), run.outputs, AGREE):
             raise Stays("computes something beside its product")
     return layer
 
@@ -277,48 +267,3 @@ def _fill(layer: nn.Linear | nn.Conv2d, module: nn.Module, product: Product) -> 
     is_learned = any(parameter.requires_grad for parameter in module.parameters())
     layer.weight = nn.Parameter(torch.empty_like(like, dtype=weight.dtype).copy_(weight), is_learned)
     layer.bias = None if bias is None else nn.Parameter(bias.detach().reshape(-1).clone(), is_learned)
-
-
-def _same(one: Tensor, other: Tensor, tolerance: float) -> bool:
-    """Whether two tensors are alike, to a part of the largest entry; on the meta device, whether their shapes are."""
-    if one.shape != other.shape or one.is_meta or not one.numel():
-        return one.shape == other.shape
-    if not other.is_floating_point():
-        return torch.equal(one, other)
-    tolerance = max(tolerance, 4 * torch.finfo(other.dtype).eps)
-    return bool((one - other).abs().max() <= tolerance * other.abs().max())
-
-
-def _same_network(network: nn.Module, batch: Any, expected: Any) -> bool:
-    try:
-        outputs = _run(network, batch)
-    except Exception:  # the network's own code, which may ask a layer for what a plain one does not have
-        return False
-    pairs = zip(pytree.tree_leaves(outputs), pytree.tree_leaves(expected), strict=True)
-    return all(_same(one, other, NETWORKS_AGREE) for one, other in pairs if isinstance(other, Tensor))
-
-
-def _put_where_same(
-    network: nn.Module, made: dict[nn.Module, nn.Module], is_same: Callable[[], bool]
-) -> list[nn.Module]:
-    """Put new modules in the places of old ones; give back, and put back, those with which the network is not the same.
-
-    Halves are tried where the whole fails.
-    """
-    _put(network, made)
-    if not made or is_same():
-        return []
-    _put(network, {new: old for old, new in made.items()})
-    olds = list(made)
-    if len(olds) == 1:
-        return olds
-    halves = olds[: len(olds) // 2], olds[len(olds) // 2 :]
-    return [old for half in halves for old in _put_where_same(network, {o: made[o] for o in half}, is_same)]
-
-
-def _put(network: nn.Module, modules: dict[nn.Module, nn.Module]) -> None:
-    """Put modules in the places of others, under all of their names."""
-    for parent in list(network.modules()):
-        for name, child in list(parent._modules.items()):
-            if child in modules:
-                setattr(parent, name, modules[child])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,18 +11,20 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from ..networks.batches import gathered
+from ..networks.batches import Batches, gathered
 from ..networks.evaluation import Labelled, Score
 from ..networks.precision import Precision
 from .layers import Layer, countable
 from .moments import Budget, Moments, input_moments
 from .projection import bases
 from .rank_search import Ranks, search, search_energy, search_utilized
-from .subspaces import Subspace
+from .subspaces import Subspace, energy_rank, output_moment, spectrum
 from .trials import Scored, Trials, evaluations_table, trials
 
 Criterion = Literal["rank", "utilized", "energy"]
 """Search k_S and k_T each on its own; only the smaller of them; or one energy threshold for both."""
+Row = dict[str, Any]
+"""Of a table of layers."""
 UNCALLED = "its module is never called: the network reads its weight, or does not use it"
 
 
@@ -60,6 +62,8 @@ def measure(
     rows: int | None = 4,
     memory: int = 2048,
     batch_size: int = 128,
+    on_layer: Callable[[list[Row]], None] = lambda rows: None,
+    partial: bool = False,
 ) -> Measurement:
     """Measure the utilized rank of every countable layer of ``network``, layer by layer, others intact.
 
@@ -73,33 +77,83 @@ def measure(
         rows: that a layer's moment is taken over, as a multiple of its input width m; all where it is None.
         memory: MiB that the search may use to keep what flows into a layer.
         batch_size: images a batch in the moment pass.
+        on_layer: is given the rows of each layer when it is done.
+        partial: where it is interrupted from the keyboard, give back the layers that are done.
 
     Raises:
         FloatingPointError: a layer receives NaN or Inf.
     """
-    selection, calibration = countable(network), gathered(calibration)
-    budget = None if rows is None else Budget(rows, len(calibration))
-    moments = input_moments(network, selection.layers, calibration.split(batch_size), budget)
-    uncalled = {layer.name: UNCALLED for layer in selection.layers if not moments[layer.name].count}
-    layers = [layer for layer in selection.layers if layer.name not in uncalled]
-    moments = {layer.name: moments[layer.name] for layer in layers}
+    flows = inputs_of(network, gathered(calibration), rows, batch_size)
     verdicts = trials(network, score, memory, precision)
-    found = []
-    for layer in tqdm(layers, desc="rank search", unit="layer"):
-        # No rank beyond min(m, n) is tried, but an energy threshold is a part of all eigenvalues.
-        s, t = bases(layer, moments[layer.name], None if criterion == "energy" else layer.width)
-        for epsilon in epsilons:
-            found.append(_row(layer, epsilon, layer_ranks(layer, s, t, verdicts, epsilon, criterion)))
+    found: list[Row] = []
+    left_out = dict(flows.left_out)
+    try:
+        for layer in tqdm(flows.layers, desc="rank search", unit="layer"):
+            # No rank beyond min(m, n) is tried, but an energy threshold is a part of all eigenvalues.
+            s, t = bases(layer, flows.moments[layer.name], None if criterion == "energy" else layer.width)
+            ranks = {epsilon: layer_ranks(layer, s, t, verdicts, epsilon, criterion) for epsilon in epsilons}
+            its = [row(layer, ranks[epsilon], epsilon=epsilon) for epsilon in epsilons]
+            found += its
+            on_layer(its)
+    except KeyboardInterrupt:
+        if not partial or not found:
+            raise
+        left_out |= interrupted(flows.layers, found)
     return Measurement(
         # A side that was not asked for has no rank: a whole number all the same.
         pd.DataFrame(found).astype({"k_s_alone": "Int64", "k_t_alone": "Int64"}),
-        selection.left_out | uncalled,
+        left_out,
         evaluations_table(verdicts.evaluations),
         verdicts.precision,
-        moments,
+        flows.moments,
         verdicts.score,
         len(score) if isinstance(score, Labelled) else None,
     )
+
+
+def interrupted(layers: list[Layer], found: list[Row]) -> dict[str, str]:
+    """Why those of the layers are left out that were not found, by name."""
+    done = {its["layer"] for its in found}
+    return {layer.name: "the search was interrupted before it" for layer in layers if layer.name not in done}
+
+
+@dataclass(frozen=True)
+class Flows:
+    """What flows into the layers of a network that count."""
+
+    layers: list[Layer]
+    moments: dict[str, Moments]
+    left_out: dict[str, str]
+    """Layers that do not count, and why."""
+
+
+def inputs_of(network: nn.Module, calibration: Batches, rows: int | None, batch_size: int = 128) -> Flows:
+    """The second moments of every layer that counts; arguments as of :func:`measure`.
+
+    Raises:
+        FloatingPointError: a layer receives NaN or Inf.
+    """
+    selection = countable(network)
+    budget = None if rows is None else Budget(rows, len(calibration))
+    moments = input_moments(network, selection.layers, calibration.split(batch_size), budget)
+    layers = [layer for layer in selection.layers if moments[layer.name].count]
+    uncalled = {layer.name: UNCALLED for layer in selection.layers if not moments[layer.name].count}
+    return Flows(layers, {layer.name: moments[layer.name] for layer in layers}, selection.left_out | uncalled)
+
+
+def energy_ranks(layer: Layer, moments: Moments, energy: float, centred: bool = False) -> Ranks:
+    """The smallest k_S and k_T that hold the fraction ``energy`` of the variance: no labels, no search.
+
+    Args:
+        layer: of a network.
+        moments: of its inputs.
+        energy: above 0, up to 1.
+        centred: of the deviations from the mean rather than of the values. The k_T over n is then layer saturation
+            (Shenk et al. 2019, arXiv 1907.08589).
+    """
+    second = moments.centred if centred else moments.second
+    k_s, k_t = (energy_rank(spectrum(moment), energy) for moment in (second, output_moment(second, layer.weight())))
+    return Ranks(k_s, k_t, k_s, k_t, min(k_s, k_t, layer.width))
 
 
 def layer_ranks(
@@ -125,13 +179,14 @@ def _over_groups(subspace: Subspace) -> torch.Tensor:
     return subspace.values.sum(0)
 
 
-def _row(layer: Layer, epsilon: float, ranks: Ranks) -> dict[str, object]:
+def row(layer: Layer, ranks: Ranks, **about: float) -> Row:
+    """One row of a table of layers: layer, m, n, groups, what else is said of it, its ranks and its utilization."""
     return {
         "layer": layer.name,
         "m": layer.m,
         "n": layer.n,
         "groups": layer.groups,
-        "epsilon": epsilon,
+        **about,
         **vars(ranks),
         "utilization": ranks.r / layer.width,
     }
