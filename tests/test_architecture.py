@@ -13,8 +13,8 @@ PACKAGE = ROOT / "src" / "utilized_rank"
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 # The rooms: each uses those before it. The library comes first, so that it knows nothing of a study.
-LIBRARY = ["networks", "ranks", "compression", "api"]
-ROOMS = [*LIBRARY, "base", "datasets", "training", "study", "stages", "report", "cli"]
+LIBRARY = ["networks", "ranks", "compression"]
+ROOMS = [*LIBRARY, "api", "base", "datasets", "training", "study", "stages", "report", "cli"]
 MODULES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path
     for path in PACKAGE.rglob("*.py")
