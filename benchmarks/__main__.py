@@ -79,6 +79,7 @@ def page(names: list[str]) -> str:
     parts = "\n".join(draw(name) for name in names)
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Utilized rank: benchmarks</title>'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<style>{css()}</style></head><body><main><h1>What it costs, measured</h1>"
         f"<p>Times are of one machine at one moment: compare within a table. <code>make bench</code> measures anew.</p>"
         f"{parts}</main></body></html>"

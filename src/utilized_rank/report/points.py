@@ -33,9 +33,9 @@ def layers(store: Store, labels: dict[str, str]) -> pd.DataFrame:
                     "depth": (number / max(number.max(), 1)).round(3),
                     "layer": table.layer,
                     "shape": [_shape(row) for row in table.itertuples()],
-                    "k_S": table.k_s.map("{:g}".format),
-                    "k_T": table.k_t.map("{:g}".format),
-                    "r": [f"{row.r:g} of {min(row.m, row.n)}" for row in table.itertuples()],
+                    "k_S": table.k_s.map(str),
+                    "k_T": table.k_t.map(str),
+                    "r": [f"{row.r} of {min(row.m, row.n)}" for row in table.itertuples()],
                     "utilization": (100 * table.utilization).map("{:.1f}%".format),
                     "ε": table.epsilon.map("{:g} points".format),
                 }
