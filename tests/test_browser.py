@@ -116,7 +116,7 @@ def test_a_picture_has_a_mark_for_every_row_that_was_chosen(opened):
 
 
 def test_the_frontier_is_filtered_by_network_weights_ranks_and_step(opened):
-    """Of VGG11: 3 methods at 2 tolerances, one of them tuned at both; 2 at 2 choices of ranks, one tuned at one; 2 dense."""
+    """Of VGG11: 3 methods at 2 tolerances, one tuned at both; 2 at 2 choices of ranks, one tuned at one; 2 dense."""
     with opened(STUDY) as page:
         assert len(marks(page, "frontier")) == 3 * 2 + 2 + 2 * 2 + 1 + 2
         choose(page, "frontier", "method", "compensated")
