@@ -204,11 +204,14 @@ def test_axe_finds_no_fault_in_light_and_in_dark(opened, page, scheme):
 
 
 @BOTH
-def test_a_phone_shows_a_page_without_scrolling_sideways(opened, page):
+def test_a_phone_shows_a_page_without_scrolling_sideways_and_tells_of_what_is_tapped(opened, page):
     with opened(page, width=360, has_touch=True) as shown:
         for summary in shown.locator("summary").all():
             summary.click()
+        shown.locator("#chart-layers .role-mark.mark-symbol > path").first.tap()
+        assert "layer blocks.0" in shown.locator("#readout-layers").text_content()
         assert shown.evaluate("document.documentElement.scrollWidth") <= 360
+        assert violations(shown) == []
         assert shown.locator(".picture > svg").evaluate_all("(all) => all.every((svg) => svg.clientWidth > 250)")
 
 
