@@ -62,13 +62,14 @@ def draw(name: str) -> str:
     plt.close("all")
     # Some tables are shown as they were measured.
     shown: pd.DataFrame = module.summary(table) if hasattr(module, "summary") else table
-    sheets = table_html(shown)
+    sheets = table_html(shown, title=module.TITLE)
     if name == "search":
-        sheets += "<h3>Ranks k_S, k_T side by side</h3>" + table_html(ranks_side_by_side(table))
+        beside = "Ranks k_S, k_T side by side"
+        sheets += f"<h3>{beside}</h3>" + table_html(ranks_side_by_side(table), title=beside)
     record = read_json(REPORT / f"{name}.json")
     return (
         f'<h2 id="{name}">{module.TITLE}</h2><p>{module.NOTE}</p>'
-        f'<figure><img src="{name}.svg" alt="{module.TITLE}"></figure>{sheets}'
+        f'<figure><a class="wide" href="{name}.svg"><img src="{name}.svg" alt="{module.TITLE}"></a></figure>{sheets}'
         f'<p class="note"><a href="{name}.csv">CSV</a>, <a href="{name}.json">provenance</a>: {record["data"]}, '
         f"{record['threads']} threads, {record['processor']}, torch {record['packages']['torch']}.</p>"
     )
@@ -79,6 +80,7 @@ def page(names: list[str]) -> str:
     parts = "\n".join(draw(name) for name in names)
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Utilized rank: benchmarks</title>'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<style>{css()}</style></head><body><main><h1>What it costs, measured</h1>"
         f"<p>Times are of one machine at one moment: compare within a table. <code>make bench</code> measures anew.</p>"
         f"{parts}</main></body></html>"

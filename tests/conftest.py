@@ -276,6 +276,10 @@ def dataset() -> Dataset:
 
 @pytest.fixture
 def studied(tmp_path, parameters) -> tuple[Study, Store]:
+    return toy_study(tmp_path, parameters)
+
+
+def toy_study(root: Path, parameters: dict) -> tuple[Study, Store]:
     """A study of five networks, two of them repeats, and its result files: every number in them drawn at random."""
     runs, toy_vit = parameters["runs"], parameters["runs"]["vit_linear"]
     runs |= {
@@ -294,7 +298,7 @@ def studied(tmp_path, parameters) -> tuple[Study, Store]:
         }
     }
     study = parse_study(parameters)
-    store, draw = Store(study.name, tmp_path), np.random.default_rng(0)
+    store, draw = Store(study.name, root), np.random.default_rng(0)
     for key in study.runs:
         trained, measured, layers, decomposed, tuned = _results(study, draw)
         write_json(store.report("results", f"train-{key}.json"), trained)
@@ -321,7 +325,17 @@ def _results(study: Study, draw: np.random.Generator) -> tuple:
     names = [f"blocks.{i}" for i in range(7)]
     layers = pd.DataFrame(
         [
-            {"layer": name, "m": 40, "n": 32, "epsilon": epsilon, "r": r, "utilization": r / 32}
+            {
+                "layer": name,
+                "m": 40,
+                "n": 32,
+                "groups": 1,
+                "epsilon": epsilon,
+                "k_s": r + 1,
+                "k_t": r,
+                "r": r,
+                "utilization": r / 32,
+            }
             for epsilon in epsilons
             for name, r in zip(names, draw.integers(1, 33, len(names)).tolist(), strict=True)
         ]

@@ -8,10 +8,10 @@ import pandas as pd
 import pytest
 from committed import AS_DRAWN
 from matplotlib import pyplot as plt
+from written import library_apart, reports
 
-from utilized_rank.base.files import read_table, write_json, write_table
-from utilized_rank.base.store import Store
-from utilized_rank.report import overview, summary, tables
+from utilized_rank.base.files import read_table
+from utilized_rank.report import overview, tables
 from utilized_rank.report.figures import study as figures
 from utilized_rank.report.figures import style
 from utilized_rank.report.overview import NOT_UPHELD, UNTESTABLE, UPHELD, Study
@@ -180,26 +180,18 @@ def test_the_figure_has_a_mark_for_every_network_and_tolerance_in_a_colour_of_it
 
 def test_the_overview_reads_every_study_and_links_it(studied, styled):
     made, store = studied
-    steps = tables.steps(made, store)
-    shutil.copytree(store.report(), Store("another", store.root).report())
-    for name, title in (("toy", "<Toys> & more"), ("another", "Another")):
-        folder = Store(name, store.root).report()
-        write_json(folder / "summary.json", summary.summary(made, store, steps))
-        write_json(folder / "provenance.json", {"title": title})
-        compared = tables.training_kinds(made, store, made.comparisons["vit"])
-        write_table(folder / "results" / "ssl_vs_supervised-vit.csv", compared)
-        (folder / "index.html").write_text("a page")
-    overview.write(store.root)
-    reports = store.root / "reports"
-    page = (reports / "index.html").read_text()
+    folder = reports(made, store, {"toy": "<Toys> & more", "another": "Another"})
+    for name in ("toy", "another"):
+        (folder / name / "index.html").write_text("a page")
+    page = library_apart((folder / "index.html").read_text())[0]
     assert "&lt;Toys&gt; &amp; more</a>, 5 networks" in page
     links = re.findall(r'(?:src|href)="([^"#]+)"', page)
     assert {"another/index.html", "toy/index.html", "utilization.svg", "claims.csv"} <= set(links)
-    assert all((reports / link).is_file() for link in links)
+    assert all((folder / link).is_file() for link in links)
     found = overview.studies(store.root)
     assert [one.title for one in found] == ["Another", "<Toys> & more"]
-    pd.testing.assert_frame_equal(read_table(reports / "claims.csv"), overview.claims(found))
-    for row in read_table(reports / "utilization.csv").itertuples():
+    pd.testing.assert_frame_equal(read_table(folder / "claims.csv"), overview.claims(found))
+    for row in read_table(folder / "utilization.csv").itertuples():
         key = next(key for key, run in made.runs.items() if run.label == row.network)
         assert row.mlu == pytest.approx(tables.result(store, "measure", key)["mlu"][f"{row.epsilon:g}"])
 
@@ -209,7 +201,9 @@ def test_the_committed_overview_follows_from_the_committed_reports(tmp_path, sty
     names = ("index.html", "utilization.svg", "utilization.csv", "claims.csv")
     shutil.copytree(ROOT / "reports", tmp_path / "reports", ignore=shutil.ignore_patterns("notebooks", *names[1:]))
     overview.write(tmp_path)
-    for name in names:
+    made, committed = ((root / "reports" / "index.html").read_text() for root in (tmp_path, ROOT))
+    assert library_apart(made)[0] == library_apart(committed)[0]
+    for name in names[1:]:
         assert (tmp_path / "reports" / name).read_bytes() == (ROOT / "reports" / name).read_bytes(), name
 
 

@@ -1,13 +1,19 @@
+import base64
+import io
 import re
 import shutil
 
 import matplotlib as mpl
+import nbformat
 import numpy as np
 import pandas as pd
 import pytest
 from committed import COMMITTED, LOCKED, ROOT, study_of
 from matplotlib import pyplot as plt
 from matplotlib.collections import PathCollection
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+from PIL import Image
+from written import RECORD, index, library_apart
 
 from utilized_rank.base.files import read_json, read_table, write_table, write_text
 from utilized_rank.base.store import Store
@@ -17,24 +23,11 @@ from utilized_rank.report.figures import study as figures
 from utilized_rank.report.figures import style
 from utilized_rank.stages.notebooks import STAGES, executed_name, keys_of
 
-RECORD = {"code": "a hash", "device": "cpu", "processor": "a <processor>", "system": "s", "python": "3"}
-RECORD |= {"packages": {"torch": "2"}}
-
 
 def cells(page: str) -> list[list[str]]:
     """The body of a table, as text between the tags."""
     rows = re.findall(r"<tr[^>]*>(.*?)</tr>", page.split("<tbody>")[1], re.DOTALL)
     return [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in rows]
-
-
-def index(study, store, links=(), record=RECORD) -> str:
-    """The index of a study's report, as its notebook writes it."""
-    steps = tables.steps(study, store)
-    tuned = tables.tuned(study, steps)
-    epsilons = sorted(study.measure.epsilons)
-    sheets = summary.sheets(study, store, record, steps)
-    report.write_index(study, store, sheets, list(links), record, tuned, epsilons[len(epsilons) // 2])
-    return store.data("pages", "index.html").read_text()
 
 
 @pytest.mark.parametrize(
@@ -98,7 +91,7 @@ def test_the_index_shows_each_network_with_its_utilization_accuracy_and_what_fin
 def test_the_index_shows_every_sheet_to_the_last_row(studied):
     study, store = studied
     page = index(study, store)
-    shown = re.findall(r"<table>.*?</table>", page, re.DOTALL)
+    shown = re.findall(r"<table>\n.*?</table>", page, re.DOTALL)
     steps = tables.steps(study, store)
     sheets = summary.sheets(study, store, RECORD, steps)
     in_turn = ["table1-utilization", "repeats", "table3-training", "table2-compression", "table4-methods"]
@@ -153,6 +146,24 @@ def test_the_index_shows_latencies_where_there_are_some_and_no_empty_frame_where
     assert '<a href="latencies.html">' in shown
 
 
+def test_a_notebook_that_is_to_be_browsed_has_its_pictures_as_png_and_all_else_as_it_was(tmp_path):
+    svg = (
+        '<svg xmlns="http://www.w3.org/2000/svg" width="20" height="10"><rect width="20" height="10" fill="red"/></svg>'
+    )
+    picture = new_output("display_data", {"image/svg+xml": svg, "text/plain": "<Figure>"})
+    printed = new_output("stream", name="stdout", text="a line")
+    executed = new_notebook(cells=[new_markdown_cell("$r$"), new_code_cell("1", outputs=[printed, picture])])
+    nbformat.write(executed, tmp_path / "executed.ipynb")
+    made = report.browsable(tmp_path / "executed.ipynb")
+    shown = made.cells[1].outputs[1].data
+    image = Image.open(io.BytesIO(base64.b64decode(shown.pop("image/png"))))
+    assert image.size == (30, 15)
+    assert image.convert("RGB").getcolors() == [(30 * 15, (255, 0, 0))]
+    assert shown == {"text/plain": "<Figure>"}
+    del executed.cells[1].outputs[1].data["image/svg+xml"]
+    assert made == executed
+
+
 def test_pages_are_published_as_they_were_written(studied):
     study, store = studied
     page = index(study, store)
@@ -201,10 +212,10 @@ def test_the_committed_index_follows_from_the_committed_results(name, tmp_path):
         for stage, key in made
     ]
     page = index(study, again, links, read_json(committed.report("provenance.json")))
-    assert page == committed.report("index.html").read_text()
-    assert {path.name for path in committed.report("notebooks").iterdir()} == {
-        link["href"].partition("/")[2] for link in links
-    }
+    assert library_apart(page)[0] == library_apart(committed.report("index.html").read_text())[0]
+    names = {executed_name(stage, key) for stage, key in made}
+    there = {path.name for path in committed.report("notebooks").iterdir()}
+    assert there == {f"{name}.{kind}" for name in names for kind in ("html", "ipynb")}
 
 
 @pytest.mark.parametrize("name", COMMITTED)

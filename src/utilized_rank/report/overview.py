@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import pandas as pd
 
 from ..base.files import read_json, read_table, write_table, write_text
 from ..base.store import Store
 from .figures import style
 from .figures.study import overview as figure
-from .pages import TEMPLATES, css, table_html
+from .interactive import of_studies
+from .pages import render, table_html
 
 UPHELD, NOT_UPHELD, UNTESTABLE = "upheld", "not upheld", "not testable here"
 HALF, LOSS, UP_TO = 0.5, 0.2, 0.7
@@ -30,6 +30,10 @@ class Study:
     """As in ``tables.summary``."""
     comparisons: pd.DataFrame
     """As in ``tables.training_kinds``, of all comparisons."""
+
+    def labels(self) -> dict[str, str]:
+        """Of its runs, by key."""
+        return {key: run["label"] for key, run in self.runs.items()}
 
 
 def studies(root: Path) -> list[Study]:
@@ -155,13 +159,11 @@ def write(root: Path) -> None:
     style.save(figure(used), folder / "utilization.svg")
     write_table(folder / "utilization.csv", used)
     write_table(folder / "claims.csv", verdicts)
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined
-    )
-    page = environment.get_template("overview.html.j2").render(
-        css=css(),
+    page = render(
+        "overview.html.j2",
+        of_studies({study.title: (Store(study.name, root), study.labels()) for study in found}),
         studies=found,
-        claims=table_html(verdicts),
+        claims=table_html(verdicts, title="Claim by claim"),
         benchmarks=(folder / "benchmarks" / "index.html").is_file(),
     )
     write_text(folder / "index.html", page)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import html
+import io
 import re
 import shutil
 from importlib.resources import files
@@ -12,8 +14,11 @@ from typing import Any
 import jinja2
 import nbformat
 import pandas as pd
+import vl_convert
 from latex2mathml.converter import convert
 from nbconvert import HTMLExporter
+from nbformat import NotebookNode
+from PIL import Image
 from pygments.formatters import HtmlFormatter
 
 from ..base.files import write_text
@@ -22,6 +27,7 @@ from ..stages.notebooks import STAGES, executed_name, keys_of
 from ..study.config import Study
 from .figures import style
 from .figures.frontier import latency
+from .interactive import SECURITY, Chart, library, of_study
 from .tables import mlu_column, result
 from .timings import latencies, timed
 
@@ -41,8 +47,21 @@ STAGE_TITLES = {
 
 
 def css() -> str:
-    """The style of every page: ours, and the colours of code."""
-    return (TEMPLATES / "style.css").read_text() + HtmlFormatter(style="xcode").get_style_defs(".highlight")
+    """The style of every page: ours, and the colours of code, on light and on dark."""
+    light, dark = (HtmlFormatter(style=name).get_style_defs(".highlight") for name in ("xcode", "github-dark"))
+    return (
+        TEMPLATES / "style.css"
+    ).read_text() + f"{light}\n@media screen and (prefers-color-scheme: dark) {{ {dark} }}"
+
+
+def render(template: str, charts: list[Chart], **values: Any) -> str:
+    """A page from its template: with charts, and the library that draws them, once."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    script = (TEMPLATES / "charts.js").read_text()
+    of_charts = {"charts": charts, "library": library(), "script": script, "security": SECURITY}
+    return environment.get_template(template).render(css=css(), **of_charts, **values)
 
 
 def notebook_page(path: Path, title: str) -> str:
@@ -70,23 +89,46 @@ def _set_aside(match: re.Match[str], formulas: list[str]) -> str:
     return f"@@formula{len(formulas) - 1}@@"
 
 
+def browsable(path: Path) -> NotebookNode:
+    """An executed notebook with PNG for its pictures: GitHub shows notebooks, and drops text and marks of an SVG."""
+    notebook = nbformat.read(path, as_version=4)
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            svg = output.get("data", {}).pop("image/svg+xml", None)
+            if svg:
+                output.data["image/png"] = base64.b64encode(_png(svg)).decode()
+    return notebook
+
+
+def _png(svg: str) -> bytes:
+    """A picture in 256 colours, which are a third of the bytes."""
+    picture, small = Image.open(io.BytesIO(vl_convert.svg_to_png(svg, scale=1.5))), io.BytesIO()
+    picture.convert("RGB").quantize(256).save(small, "PNG", optimize=True)
+    return small.getvalue()
+
+
 def write_notebook_pages(study: Study, store: Store) -> list[dict[str, str]]:
-    """Render every executed notebook but the report's own; returns what the index links: title, href."""
+    """Render every executed notebook but the report's own; returns what the index links: title, href.
+
+    Beside each lies the notebook itself, as :func:`browsable`.
+    """
     links = []
     for stage in STAGES:
         for key in keys_of(study, stage) if stage != "report" else []:
             name = executed_name(stage, key)
             title = STAGE_TITLES[stage] + (f": {key}" if key else "")
-            page = notebook_page(store.data("executed", f"{name}.ipynb"), title)
-            write_text(store.data("pages", "notebooks", f"{name}.html"), page)
+            executed = store.data("executed", f"{name}.ipynb")
+            write_text(store.data("pages", "notebooks", f"{name}.html"), notebook_page(executed, title))
+            write_text(store.data("pages", "notebooks", f"{name}.ipynb"), nbformat.writes(browsable(executed)))
             links.append({"title": title, "href": f"notebooks/{name}.html"})
     return links
 
 
-def table_html(table: pd.DataFrame, digits: int = 2) -> str:
+def table_html(table: pd.DataFrame, digits: int = 2, title: str = "Table") -> str:
     """A table as HTML: numbers to ``digits`` decimals, whole ones with thousands apart.
 
-    A network's name that repeats that of the row above is dimmed, so that its rows read as a group.
+    A network's name that repeats that of the row above is dimmed, so that its rows read as a group. A table that is
+    wider than the page scrolls by itself, by keys too; ``title`` says to a screen reader what it is.
     """
     head = "".join(f'<th class="{_kind(table[column])}">{html.escape(str(column))}</th>' for column in table.columns)
     body, above = [], None
@@ -95,7 +137,8 @@ def table_html(table: pd.DataFrame, digits: int = 2) -> str:
         body.append(f'<tr class="{group}">' + "".join(_cell(value, digits) for value in row) + "</tr>")
         above = row[0]
     rows = "\n".join(body)
-    return f'<div class="scroll"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{rows}\n</tbody>\n</table></div>'
+    box = f'<div class="scroll" tabindex="0" role="group" aria-label="{html.escape(title)}">'
+    return f"{box}<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{rows}\n</tbody>\n</table></div>"
 
 
 def _kind(column: pd.Series) -> str:
@@ -134,12 +177,10 @@ def write_index(
         tuned: the decomposed, fine-tuned networks, rows of ``tables.steps``.
         epsilon: the tolerance of Figure 2.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined
-    )
-    page = environment.get_template("index.html.j2").render(
+    page = render(
+        "index.html.j2",
+        of_study(store, {key: run.label for key, run in study.runs.items()}, epsilon),
         study=study,
-        css=css(),
         table=table_html,
         search_precision=result(store, "measure", next(iter(study.runs)))["search_precision"],
         search_images=result(store, "train", next(iter(study.runs)))["search_images"],
@@ -170,7 +211,8 @@ def write_latencies(study: Study, store: Store) -> None:
         picture = style.markup(latency(compared)) if len(compared) else ""
         page = (
             '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Latency</title>'
-            f"<style>{css()}</style></head><body>{picture}{table_html(table)}</body></html>"
+            '<meta name="viewport" content="width=device-width, initial-scale=1">'
+            f"<style>{css()}</style></head><body><main><h1>Latency</h1>{picture}{table_html(table)}</main></body></html>"
         )
         write_text(store.report("latencies.html"), page)
 
