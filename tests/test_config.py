@@ -230,9 +230,12 @@ def test_a_dataset_that_its_source_does_not_have_suggests_one_that_it_has(parame
     ("name", "nearest"),
     [
         ("vgg12", "; did you mean 'vgg11'?"),
-        ("resnet18", "; did you mean 'resnet20'?"),
+        ("resnet-20", "; did you mean 'resnet20'?"),
         ("timm", "; did you mean 'timm/NAME'?"),
-        ("mobilenet", " (known: resnet20, timm/NAME, torchvision/NAME, vgg11, vit)"),
+        (
+            "mobilenet",
+            " (known: resnet110, resnet20, resnet32, resnet44, resnet56, timm/NAME, torchvision/NAME, vgg11, vit)",
+        ),
     ],
 )
 def test_an_architecture_that_does_not_exist_suggests_one_that_does(parameters, name, nearest):

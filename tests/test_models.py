@@ -14,6 +14,7 @@ from utilized_rank.base.files import file_hash, read_tensors, write_network, wri
 from utilized_rank.base.sections import StudyError
 from utilized_rank.ranks.layers import countable
 from utilized_rank.training import models
+from utilized_rank.training.architectures import ResidualBlock
 from utilized_rank.training.sections import Model
 
 VIT = Model(architecture="vit", dim=24, depth=2, heads=3, patch_size=4)
@@ -86,7 +87,7 @@ def test_convolutions_start_as_he_et_al_2015(architecture):
 
 @pytest.mark.parametrize(("channels", "width", "stride"), [(4, 4, 1), (4, 8, 2), (3, 6, 2)])
 def test_the_shortcut_subsamples_and_pads_half_on_each_side(channels, width, stride, generator):
-    block = models.ResidualBlock(channels, width, stride).eval()
+    block = ResidualBlock(channels, width, stride).eval()
     nn.init.zeros_(block.conv2.weight)  # only the shortcut is left
     x = torch.randn(2, channels, 6, 6, generator=generator)
     out = block(x)
@@ -97,7 +98,7 @@ def test_the_shortcut_subsamples_and_pads_half_on_each_side(channels, width, str
 
 
 def test_a_residual_block_adds_its_convolutions_to_its_input(generator):
-    block = models.ResidualBlock(4, 4, 1).eval()
+    block = ResidualBlock(4, 4, 1).eval()
     x = torch.randn(2, 4, 6, 6, generator=generator)
     branch = block.bn2(block.conv2(block.bn1(block.conv1(x)).relu()))
     torch.testing.assert_close(block(x), (x + branch).relu())
@@ -423,6 +424,7 @@ from utilized_rank.base import files
 from utilized_rank.base.sections import StudyError
 from utilized_rank.training.sections import Model
 from utilized_rank.training import models
+from utilized_rank.training.architectures import ResidualBlock
 for i, asked in enumerate({asked}):
     try:
         tensors = models.published(Model(architecture="timm/test_vit"), None, *asked)

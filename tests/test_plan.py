@@ -23,7 +23,8 @@ from utilized_rank.stages import hours
 from utilized_rank.stages.plan import BACKWARD, PASSES, network_shape, plan, scale_of, text
 from utilized_rank.study.config import Study, parse_study
 from utilized_rank.study.homes import compose
-from utilized_rank.training.models import ResNet20, build
+from utilized_rank.training.architectures import ResNet
+from utilized_rank.training.models import build
 from utilized_rank.training.sections import Model
 
 ROOT = Path(__file__).parents[1]
@@ -134,7 +135,7 @@ def executed(notebook: str, **parameters: str) -> Counter:
     passed: Counter = Counter()
 
     def count(module: nn.Module, args: tuple) -> None:
-        if isinstance(module, ResNet20 | PatchEmbed) and len(args[0]) > 1:  # one image at a time, FLOPs are counted
+        if isinstance(module, ResNet | PatchEmbed) and len(args[0]) > 1:  # one image at a time, FLOPs are counted
             passed["training" if module.training else "evaluation"] += len(args[0])
 
     handle = nn.modules.module.register_module_forward_pre_hook(count)

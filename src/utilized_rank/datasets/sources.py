@@ -131,15 +131,32 @@ def _image_folder(data: Data, folder: Path) -> Source:
     """One directory a class under ``train/``, and under ``test/`` or ``val/`` where the folder has test images."""
     if not (folder / "train").is_dir():
         raise StudyError(f"{folder} is no image folder: it needs train/, with one directory of images for each class")
-    classes = _directories(folder / "train")
-    if len(classes) < 2:
-        raise StudyError(f"{folder / 'train'} has {len(classes)} directories: each is a class, and two are needed")
-    own = next((folder / name for name in ("test", "val") if (folder / name).is_dir()), None)
+    classes = class_names(folder / "train")
+    own = test_folder(folder)
     if own is not None and (others := sorted(set(_directories(own)) ^ set(classes))):
         raise StudyError(
             f"{own} and {folder / 'train'} do not have the same classes: only one of them has {', '.join(others[:5])}"
         )
-    return Source(_listed(data, folder / "train", classes), _listed(data, own, classes) if own else None, classes)
+    train, test = (None if part is None else listed(data, part, classes) for part in (folder / "train", own))
+    assert train is not None
+    return Source(_kept(train), None if test is None else _kept(test), classes)
+
+
+def test_folder(folder: Path) -> Path | None:
+    """Where the test images of an image folder are; None where it has none of its own."""
+    return next((folder / name for name in ("test", "val") if (folder / name).is_dir()), None)
+
+
+def class_names(folder: Path) -> list[str]:
+    """The directories of a folder, each a class.
+
+    Raises:
+        StudyError: there are fewer than two.
+    """
+    classes = _directories(folder)
+    if len(classes) < 2:
+        raise StudyError(f"{folder} has {len(classes)} directories: each is a class, and two are needed")
+    return classes
 
 
 def _directories(folder: Path) -> list[str]:
@@ -150,7 +167,12 @@ def _is_image(path: Path) -> bool:
     return path.suffix.lower() in EXTENSIONS and not path.name.startswith(".")
 
 
-def _listed(data: Data, folder: Path, classes: list[str]) -> Split:
+def listed(data: Data, folder: Path, classes: list[str]) -> Split:
+    """The images of a folder with one directory a class, as files.
+
+    Raises:
+        StudyError: a class has none.
+    """
     names: list[str] = []
     labels: list[int] = []
     for label, name in enumerate(classes):
@@ -159,9 +181,11 @@ def _listed(data: Data, folder: Path, classes: list[str]) -> Split:
             raise StudyError(f"{folder / name} has no image ({', '.join(EXTENSIONS)})")
         names += [path.relative_to(folder).as_posix() for path in files]
         labels += [label] * len(files)
-    files_of_it = Files(folder, names, data.image_size, data.crop, data.workers)
-    images = array(files_of_it) if data.image_size <= SMALL else files_of_it
-    return Split(images, torch.tensor(labels))
+    return Split(Files(folder, names, data.image_size, data.crop, data.workers), torch.tensor(labels))
+
+
+def _kept(split: Split) -> Split:
+    return Split(array(split.images), split.labels) if split.images.shape[-1] <= SMALL else split
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -18,85 +17,11 @@ from ..base.sections import StudyError
 from ..datasets.images import CHANNELS
 from ..networks.devices import device_of
 from ..networks.standard import standardize
+from .architectures import RESNETS, VGG, ResNet
 from .sections import Model
 
 Shape = tuple[int, int, int]
 """Of an image: channels, height, width."""
-VGG11 = (64, "pool", 128, "pool", 256, 256, "pool", 512, 512, "pool", 512, 512, "pool")
-
-
-class VGG(nn.Module):
-    """VGG11 with batch norm (Simonyan and Zisserman 2015) for small images: one linear layer on top."""
-
-    def __init__(self, model: Model, channels: int, classes: int) -> None:
-        super().__init__()
-        layers: list[nn.Module] = []
-        for item in VGG11:
-            if item == "pool":
-                layers.append(nn.MaxPool2d(2))
-                continue
-            width = _scaled(cast(int, item), model.width)
-            layers += [nn.Conv2d(channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
-            channels = width
-        self.features = nn.Sequential(*layers)
-        self.linear = nn.Linear(channels, classes)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Images (N, C, H, W) to logits (N, classes)."""
-        return self.linear(self.features(images).mean((2, 3)))
-
-
-class ResidualBlock(nn.Module):
-    """Two 3 x 3 convolutions and a shortcut without parameters (He et al. 2016, option A)."""
-
-    def __init__(self, channels: int, width: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(channels, width, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(width)
-        self.stride = stride
-        self.padding = width - channels
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, channels, H, W) to (N, width, H / stride, W / stride)."""
-        shortcut = x
-        if self.stride > 1 or self.padding:
-            half = self.padding // 2
-            shortcut = x[:, :, :: self.stride, :: self.stride]
-            shortcut = F.pad(shortcut, (0, 0, 0, 0, half, self.padding - half))
-        out = torch.relu(self.bn1(self.conv1(x)))
-        return torch.relu(self.bn2(self.conv2(out)) + shortcut)
-
-
-class ResNet20(nn.Module):
-    """The CIFAR form of He et al. 2016 with three blocks a stage."""
-
-    def __init__(self, model: Model, channels: int, classes: int) -> None:
-        super().__init__()
-        widths = [_scaled(w, model.width) for w in (16, 32, 64)]
-        self.conv1 = nn.Conv2d(channels, widths[0], 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(widths[0])
-        self.layer1 = self._stage(widths[0], widths[0], 1)
-        self.layer2 = self._stage(widths[0], widths[1], 2)
-        self.layer3 = self._stage(widths[1], widths[2], 2)
-        self.linear = nn.Linear(widths[2], classes)
-
-    @staticmethod
-    def _stage(channels: int, width: int, stride: int) -> nn.Sequential:
-        blocks = [ResidualBlock(channels, width, stride)]
-        blocks += [ResidualBlock(width, width, 1) for _ in range(2)]
-        return nn.Sequential(*blocks)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Images (N, C, H, W) to logits (N, classes)."""
-        x = torch.relu(self.bn1(self.conv1(images)))
-        x = self.layer3(self.layer2(self.layer1(x)))
-        return self.linear(x.mean((2, 3)))
-
-
-def _scaled(width: int, multiple: float) -> int:
-    return max(1, round(width * multiple))
 
 
 def _vit(model: Model, shape: Shape, classes: int) -> nn.Module:
@@ -179,10 +104,14 @@ def _of_library(model: Model, shape: Shape, classes: int | None) -> nn.Module:
     return make(model, shape, classes)
 
 
+def _resnet(model: Model, shape: Shape, classes: int) -> nn.Module:
+    return ResNet(RESNETS[model.architecture], model.width, shape[0], classes)
+
+
 BUILDERS: dict[str, Callable[[Model, Shape, int], nn.Module]] = {
-    "vgg11": lambda model, shape, classes: VGG(model, shape[0], classes),
-    "resnet20": lambda model, shape, classes: ResNet20(model, shape[0], classes),
+    "vgg11": lambda model, shape, classes: VGG(model.width, shape[0], classes),
     "vit": _vit,
+    **dict.fromkeys(RESNETS, _resnet),
 }
 
 
@@ -196,7 +125,7 @@ def build(model: Model, shape: Shape, classes: int) -> nn.Module:
         StudyError: timm or torchvision does not have it, or not for such images.
     """
     network = BUILDERS.get(model.architecture, _of_library)(model, shape, classes)
-    if model.architecture in ("vgg11", "resnet20"):
+    if isinstance(network, VGG | ResNet):
         for module in network.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -239,7 +168,16 @@ def classifier(network: nn.Module) -> nn.Linear:
     Raises:
         StudyError: the network has no linear layer.
     """
-    linear = [module for module in network.modules() if isinstance(module, nn.Linear)]
+    return classifier_of(network)[1]
+
+
+def classifier_of(network: nn.Module) -> tuple[str, nn.Linear]:
+    """Name and module of the last linear layer.
+
+    Raises:
+        StudyError: the network has no linear layer.
+    """
+    linear = [(name, module) for name, module in network.named_modules() if isinstance(module, nn.Linear)]
     if not linear:
         raise StudyError(f"{type(network).__name__} has no linear layer to classify with")
     return linear[-1]
@@ -260,11 +198,20 @@ def read_checkpoint(path: Path, sha256: str, url: str | None = None) -> dict[str
         _download(path, sha256, url)
     if (found := file_hash(path)) != sha256:
         raise StudyError(f"checkpoint {path} has SHA-256 {found}, not {sha256}: it is another file")
+    return tensors_of(path)
+
+
+def tensors_of(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file, as of :func:`read_checkpoint`.
+
+    Raises:
+        StudyError: it cannot be read, or holds something else.
+    """
     try:
         if path.suffix == ".safetensors":
             return read_tensors(path)[0]
         held = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, IndexError, ValueError) as error:
+    except (SafetensorError, OSError, pickle.UnpicklingError, RuntimeError, EOFError, IndexError, ValueError) as error:
         why = str(error).splitlines() or [type(error).__name__]
         raise StudyError(f"checkpoint {path} cannot be read: {why[0]}") from None
     for key in ("state_dict", "model"):  # what training scripts wrap it in
@@ -294,6 +241,19 @@ def published(model: Model, weights: str | None, shape: Shape, classes: int) -> 
     The classifier is left out where it is for another number of classes.
 
     Raises:
+        StudyError: as :func:`pretrained`.
+    """
+    tensors = pretrained(model, weights, shape).state_dict()
+    own = build(model, shape, classes)
+    head, last = classifier_of(own)
+    fits = f"{head}.weight" in tensors and tensors[f"{head}.weight"].shape == last.weight.shape
+    return {name: tensor for name, tensor in tensors.items() if fits or name.rpartition(".")[0] != head}
+
+
+def pretrained(model: Model, weights: str | None, shape: Shape) -> nn.Module:
+    """A network with the weights that timm or torchvision publishes for it, and its own classes.
+
+    Raises:
         StudyError: the architecture is not theirs, or the weights cannot be had.
     """
     library, _, name = model.architecture.rpartition("/")
@@ -301,19 +261,13 @@ def published(model: Model, weights: str | None, shape: Shape, classes: int) -> 
         raise StudyError(f"nobody publishes weights for {name}: method published is for timm/ and torchvision/")
     try:
         if library == "timm":
-            network = _timm(model, shape, None, weights=True)
-        else:
-            network = _torchvision(model, shape, None, weights or "DEFAULT")
+            return _timm(model, shape, None, weights=True)
+        return _torchvision(model, shape, None, weights or "DEFAULT")
     except (OSError, RuntimeError, ValueError, KeyError) as error:
         raise StudyError(
             f"the weights of {model.architecture} are in no cache, and cannot be downloaded "
             f"({str(error).splitlines()[0]}): connect to a network once, or give a file by method: checkpoint"
         ) from None
-    own, tensors = build(model, shape, classes), network.state_dict()
-    last = classifier(own)
-    head = next(name for name, module in own.named_modules() if module is last)
-    fits = f"{head}.weight" in tensors and tensors[f"{head}.weight"].shape == last.weight.shape
-    return {name: tensor for name, tensor in tensors.items() if fits or name.rpartition(".")[0] != head}
 
 
 def start_from(network: nn.Module, tensors: dict[str, Tensor]) -> list[str]:

@@ -9,7 +9,7 @@ from pydantic import AfterValidator, Field, model_validator
 from ..base.sections import Positive, Section, suggestion
 from ..datasets.sections import Augmentation
 
-OWN_ARCHITECTURES = ("vgg11", "resnet20", "vit")
+OWN_ARCHITECTURES = ("vgg11", "resnet20", "resnet32", "resnet44", "resnet56", "resnet110", "vit")
 
 
 def _architecture(name: str) -> str:
@@ -23,9 +23,9 @@ class Model(Section):
     """An architecture and its size."""
 
     architecture: Annotated[str, AfterValidator(_architecture)]
-    """``vgg11``, ``resnet20`` or ``vit``; ``timm/NAME`` or ``torchvision/NAME``."""
+    """``vgg11``, ``vit``, ``resnet20`` (32, 44, 56, 110); ``timm/NAME`` or ``torchvision/NAME``."""
     width: Annotated[float, Field(gt=0)] = 1.0
-    """Channels, as a multiple of the published network's (vgg11, resnet20)."""
+    """Channels, as a multiple of the published network's (vgg11, resnets)."""
     dim: Positive = 96
     """Embedding width (vit)."""
     depth: Positive = 6
