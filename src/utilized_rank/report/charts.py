@@ -66,7 +66,7 @@ def utilization(layers: pd.DataFrame) -> Spec:
     tolerances = epsilon_colours(layers.tolerance.astype(float).unique().tolist())
     words = "'ε = ' + datum.label + ' points'"
     colour = _colour("tolerance", {f"{epsilon:g}": colour for epsilon, colour in tolerances.items()}, words)
-    mean = _number("used") | {"aggregate": "mean"}
+    mean = _number("used", USED) | {"aggregate": "mean"}
     return _chart(
         [
             {"mark": {"type": "rule", "strokeDash": [5, 4], "aria": False}, "encoding": {"y": mean, "color": colour}},
@@ -113,7 +113,8 @@ def frontier(networks: pd.DataFrame) -> Spec:
     points = {"type": "symlog", "constant": 1, "nice": False, "zero": True, "padding": 10}
     ticks = [-80, -40, -20, -10, -5, -2, -1, -0.5, 0, 0.5, 1, 2, 5]
     axis = {"values": ticks, "labelExpr": "datum.value ? format(datum.value, '+~g') : '0'"}
-    y = _number("change", "change of test accuracy, points") | {"scale": points, "axis": axis}
+    title = "change of test accuracy, points"
+    y = _number("change", title) | {"scale": points, "axis": axis}
     shown = [method for method in METHODS if METHOD_NAMES[method] in set(networks.weights)]
     colour = _colour("weights", {METHOD_NAMES[method]: METHODS[method].replace(BLACK, INK) for method in shown})
     kinds = {kind: shape for kind, shape in SHAPES.items() if kind in set(networks.kind)}
@@ -124,7 +125,7 @@ def frontier(networks: pd.DataFrame) -> Spec:
         "legend": _legend() | {"symbolFillColor": "transparent", "symbolStrokeColor": INK},
     }
     full = {"condition": {"test": f"datum.step === '{AFTER}'", "value": 1}, "value": 0}
-    bars = {"x": x, "y": _number("low"), "y2": {"field": "high"}, "color": colour}
+    bars = {"x": x, "y": _number("low", title), "y2": {"field": "high"}, "color": colour}
     marks = {"x": x, "y": y, "stroke": _ringed(colour), "fill": colour, "fillOpacity": full, "shape": shape}
     spec = _chart(
         [
