@@ -1,14 +1,15 @@
-"""The command ``utilized-rank``: what the DVC stages call."""
+"""The command ``utilized-rank``: for a network of one's own, and what the DVC stages call."""
 
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
 from .base.sections import StudyError
 from .base.store import Store
+from .commands.options import add_to
 from .study.config import Study
 from .study.homes import compose, known_studies, load_study, project_root, study_home
 from .study.opened import open_study
@@ -22,15 +23,19 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 
 @app.callback()
 def main() -> None:
-    """Measure the utilized rank of trained networks (the stages of the study, as DVC runs them)."""
+    """How much of its space does each layer of a network use? Measure it, make it smaller, or run the study."""
 
 
+add_to(app)
+
+
+STUDY = "The study, as DVC runs it"
 StudyName = Annotated[
     str | None, typer.Option("--study", help="its name; by default the study around the working directory")
 ]
 
 
-@app.command()
+@app.command(rich_help_panel=STUDY)
 def study(
     name: Annotated[str | None, typer.Argument(help="a study of conf/study; without it, they are listed")] = None,
 ) -> None:
@@ -53,7 +58,7 @@ def study(
         typer.echo(f"git first:   git add conf/study/{name}.yaml {place}  (experiments in a queue see what git knows)")
 
 
-@app.command()
+@app.command(rich_help_panel=STUDY)
 def check(name: StudyName = None) -> None:
     """Check a study's parameters, strip the notebooks, and drop results of runs that left the study."""
     from .stages.notebooks import prune, strip_all
@@ -64,7 +69,7 @@ def check(name: StudyName = None) -> None:
         typer.echo(f"removed {path.relative_to(store.root)}: its run is no longer in study {study.name}")
 
 
-@app.command()
+@app.command(rich_help_panel=STUDY)
 def plan(
     name: Annotated[str | None, typer.Argument(help="a study of conf/study; the one laid out here by default")] = None,
     device: Annotated[str | None, typer.Option(help="say hours too: auto, cpu, cuda, cuda:1, mps")] = None,
@@ -86,7 +91,7 @@ def plan(
         typer.echo(f"hours: forward passes at the rate of {known_by}; reading images and everything else come on top")
 
 
-@app.command()
+@app.command(rich_help_panel=STUDY)
 def stage(
     name: Annotated[str, typer.Argument(help="prepare, pretrain, train, measure, ...")],
     key: Annotated[str | None, typer.Argument(help="the run, encoder or comparison that it is for")] = None,
@@ -101,7 +106,7 @@ def stage(
     execute(study, store, name, key)
 
 
-@app.command()
+@app.command(rich_help_panel=STUDY)
 def publish(name: StudyName = None) -> None:
     """Put a study's pages into reports/, and write reports/index.html anew, which compares all studies there."""
     from .report import overview
@@ -124,12 +129,22 @@ def _opened(name: str | None) -> tuple[Study, Store]:
 
 
 def entry() -> None:
-    """Run the command; a user's mistake ends in its message and exit status 1."""
+    """Run the command; a user's mistake ends in its message and exit status 2."""
     try:
         app()
     except StudyError as error:
-        typer.secho(str(error), fg=typer.colors.RED, err=True)
-        raise SystemExit(1) from None
+        _refuse(error)
+    except ValueError as error:
+        from .api.given import InputError  # torch takes seconds
+
+        if not isinstance(error, InputError):
+            raise
+        _refuse(error)
+
+
+def _refuse(error: Exception) -> NoReturn:
+    typer.secho(str(error), fg=typer.colors.RED, err=True)
+    raise SystemExit(2) from None
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import shutil
 import tempfile
 from collections import OrderedDict
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from torch import nn
 from ..networks import modules
 from .given import InputError
 
+NAMES = {"params": "parameters", "flops": "FLOPs", "latency": "latency"}
+"""Of what a budget limits, in prose."""
 RECORD = "utilized_rank"
 """The attribute of a smaller network that says what was done."""
 WEIGHTS, LAYERS, DONE, ABOUT = "network.safetensors", "layers.json", "compression.json", "README.md"
@@ -80,32 +83,48 @@ def save(
     Raises:
         InputError: the network was not made by ``compress``, or the folder has something in it.
     """
-    done = getattr(small, RECORD, None)
-    if not isinstance(done, dict):
+    if not isinstance(getattr(small, RECORD, None), dict):
         raise InputError("save takes what utilized_rank.compress gives: this network has no record of it")
     folder = Path(folder)
-    check_free(folder)
-    layers = done["layers"]
+    with new_folder(folder) as partial:
+        write(small, partial, network, imports, sources, about)
+    return folder
+
+
+def write(small: nn.Module, folder: Path, network: str, imports: str, sources: tuple[Path, ...], about: str) -> None:
+    """Write the files of :func:`save` into a folder that is there; arguments as of that."""
+    done = getattr(small, RECORD)
     # A module under two names has its tensors twice in the file: safetensors takes no shared memory.
     tensors = {name: its.detach().cpu().clone().contiguous() for name, its in small.state_dict().items()}
+    save_file(tensors, folder / WEIGHTS)
+    (folder / WEIGHTS).chmod(0o644)
+    _write_json(folder / LAYERS, done["layers"])
+    _write_json(folder / DONE, {key: value for key, value in done.items() if key != "layers"})
+    own = _own_kinds(done["layers"])
+    for source in (*sources, *([Path(inspect.getfile(modules))] if own else [])):
+        shutil.copy(source, folder)
+    imports = "\n".join(filter(None, [imports, "import modules" if own else ""]))
+    place = "modules if hasattr(modules, kind) else nn" if own else "nn"
+    code = LOADING.format(imports=imports, network=network, place=place)
+    (folder / ABOUT).write_text(_readme(done, code, about), encoding="utf-8")
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Give a temporary folder beside ``folder``; move it there when the block ends well, else drop it.
+
+    Raises:
+        InputError: ``folder`` has something in it.
+    """
+    check_free(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as name:
-        partial = Path(name, "whole")
+        partial = Path(name, folder.name)
         partial.mkdir()
-        save_file(tensors, partial / WEIGHTS)
-        _write_json(partial / LAYERS, layers)
-        _write_json(partial / DONE, {key: value for key, value in done.items() if key != "layers"})
-        own = _own_kinds(layers)
-        for source in (*sources, *([Path(inspect.getfile(modules))] if own else [])):
-            shutil.copy(source, partial)
-        imports = "\n".join(filter(None, [imports, "import modules" if own else ""]))
-        place = "modules if hasattr(modules, kind) else nn" if own else "nn"
-        code = LOADING.format(imports=imports, network=network, place=place)
-        (partial / ABOUT).write_text(_readme(done, code, about), encoding="utf-8")
+        yield partial
         if folder.is_dir():
             folder.rmdir()
         partial.rename(folder)
-    return folder
 
 
 def check_free(folder: Path) -> None:
@@ -212,11 +231,9 @@ def _write_json(path: Path, value: Any) -> None:
 
 def _readme(done: dict[str, Any], code: str, about: str) -> str:
     (kind, amount), ranks = next(iter(done["budget"].items())), done["ranks"]
-    asked = f"within {amount:g} of the score" if kind == "epsilon" else f"to {amount:.0%} of the {kind}"
-    rows = [
-        f"| {name} | {before:,} | {after:,} | {after / before:.1%} |"
-        for name, (before, after) in ((name, done[name]) for name in ("parameters", "flops"))
-    ]
+    asked = f"within {amount:g} of the score" if kind == "epsilon" else f"to {amount:.0%} of the {NAMES[kind]}"
+    costs = {NAMES[name]: done[key] for name, key in (("params", "parameters"), ("flops", "flops"))}
+    rows = [f"| {name} | {before:,} | {after:,} | {after / before:.1%} |" for name, (before, after) in costs.items()]
     return "\n".join(
         [
             "# A smaller network",

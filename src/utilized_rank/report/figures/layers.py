@@ -44,6 +44,25 @@ def utilization(layers: pd.DataFrame) -> Figure:
     return figure
 
 
+def utilizations(layers: dict[str, pd.DataFrame]) -> Figure:
+    """Rank of W (dotted) and utilized rank (solid), layer by layer, as parts of the width: one panel a network.
+
+    Args:
+        layers: of each network by label, as in :class:`utilized_rank.Utilization`.
+    """
+    figure, grid = plt.subplots(len(layers), 1, figsize=(8, 3.2 * len(layers)), squeeze=False)
+    for axes, (label, table) in zip(grid.flat, layers.items(), strict=True):
+        x, width = range(len(table)), table[["m", "n"]].min(axis=1)
+        mean = 100 * table.utilization.mean()
+        axes.plot(x, 100 * table.weight_rank / width, ":", color=GREY, lw=2, label="rank of W")
+        axes.plot(x, 100 * table.utilization, "o-", ms=4, color=BLUE, label=f"utilized rank r: MLU {mean:.1f}%")
+        axes.axhline(mean, color=BLUE, ls="--", lw=1)
+        layer_axis(axes, [short(name) for name in table.layer])
+        axes.set(ylabel="rank / min(m, n) (%)", ylim=(0, 103), title=label)
+        axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
+    return figure
+
+
 def search_work(evaluations: pd.DataFrame) -> Figure:
     """What the rank search of each layer cost: guesses, and verdicts on the whole search split."""
     figure, axes = plt.subplots(figsize=(8, 3.2))
