@@ -35,18 +35,19 @@ def standard(network: nn.Module, batch: Any) -> tuple[nn.Module, dict[str, str]]
     try:
         made = copy.deepcopy(network).eval()
     except Exception as error:  # torch refuses tensors of a graph, modules may refuse anything
-        raise InputError(f"the network cannot be copied ({_line(error)})") from None
+        raise InputError(f"the network cannot be copied ({line(error)})") from None
     try:
         with torch.inference_mode():
             given = call(made, placed(batch, made))
         logits_of(given)
     except Exception as error:  # the network's own code
         shapes = ", ".join(str(tuple(leaf.shape)) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor))
-        raise InputError(f"the network does not take inputs of shape {shapes}: {_line(error)}") from None
+        raise InputError(f"the network does not take inputs of shape {shapes}: {line(error)}") from None
     return made, standardize(made, placed(batch, made))
 
 
-def _line(error: Exception) -> str:
+def line(error: Exception) -> str:
+    """The first line of what an error says."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
