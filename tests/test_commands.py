@@ -8,6 +8,8 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +25,7 @@ from torch import Tensor, nn
 import utilized_rank as ur
 from utilized_rank import cli
 from utilized_rank.base.files import read_table
-from utilized_rank.commands import compressing, measuring
+from utilized_rank.commands import compressing, folder, measuring
 from utilized_rank.commands.models import IMAGENET, Preparation, named
 from utilized_rank.datasets.folders import of_folder
 from utilized_rank.datasets.sections import Data
@@ -57,8 +59,17 @@ def nothing():
     raise RuntimeError("no such thing\\nfor two reasons")
 """
 SMALL = ("nets:small", "--checkpoint", "small.pth", "--data", "data", "--image-size", 32)
-BARE = SMALL[:-4]
 RESNET = ("resnet20", "--checkpoint", "resnet20.th", "--data", "data")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick() -> Iterator[None]:
+    """Few images need no processes that decode them, and no test asks how long a network takes."""
+    whole = compressing.cost.latencies
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compressing.cost, "latencies", lambda networks, some, _: whole(networks, some, 0.02))
+        patch.setattr(folder, "Data", partial(Data, workers=0))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +116,16 @@ def trained(network: nn.Module, inputs: Tensor, labels: Tensor) -> nn.Module:
     return network.eval()
 
 
+def typed(words: list[str]) -> int:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["utilized-rank", *words])
+        try:
+            cli.entry()
+        except SystemExit as left:
+            return left.code or 0
+    return 0
+
+
 @dataclass
 class Ended:
     code: int
@@ -114,7 +135,7 @@ class Ended:
     @property
     def said(self) -> list[str]:
         """Lines of standard error but progress bars."""
-        return [line for line in re.split(r"[\r\n]+", self.err) if line.strip() and not re.search(r"%\|| \[.*\]", line)]
+        return [line for line in re.split(r"[\r\n]+", self.err) if line.strip() and not re.search(r"%\||\d \[\d", line)]
 
 
 Call = Callable[..., Ended]
@@ -126,14 +147,8 @@ def call(place, monkeypatch, capsys) -> Call:
     monkeypatch.chdir(place)
 
     def called(*words: object) -> Ended:
-        monkeypatch.setattr(sys, "argv", ["utilized-rank", *map(str, words)])
         capsys.readouterr()
-        code = 0
-        try:
-            cli.entry()
-        except SystemExit as left:
-            code = left.code or 0
-        return Ended(code, *capsys.readouterr())
+        return Ended(typed([*map(str, words)]), *capsys.readouterr())
 
     return called
 
@@ -192,7 +207,7 @@ def test_a_measured_number_says_what_it_came_from(call, tmp_path):
     assert record["calibration"] == 9
     assert (origin["model"], origin["checkpoint"], origin["data"]) == ("nets:small", "small.pth", "data")
     assert origin["images"] == {"side": 32, "crop": 1.0, "mean": list(IMAGENET[0]), "std": list(IMAGENET[1])}
-    assert origin["versions"]["torch"] == torch.__version__
+    assert origin["versions"]["torch"] == version("torch")
     assert origin["device"] == ("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -257,7 +272,7 @@ def test_images_are_prepared_as_the_network_was_trained(name, expected):
 
 def test_what_is_said_of_the_preparation_comes_first(call, tmp_path):
     said = ("--image-size", 40, "--crop", 0.5, "--mean", "0.1,0.2,0.3", "--std", "1, 2, 3")
-    done(call("measure", *BARE[:3], "--data", "data", *said, "--out", tmp_path / "out"))
+    done(call("measure", *SMALL[:-2], *said, "--out", tmp_path / "out"))
     origin = json.loads((tmp_path / "out" / "utilization.json").read_text())["provenance"]
     assert origin["images"] == {"side": 40, "crop": 0.5, "mean": [0.1, 0.2, 0.3], "std": [1, 2, 3]}
 
@@ -286,7 +301,7 @@ def test_an_interruption_prints_the_layers_that_are_done(call, monkeypatch):
 
     monkeypatch.setattr(ranks, "energy_ranks", interrupted)
     out = done(call("measure", *SMALL))
-    assert re.search(r"^ *0 12×3×3×3 .*\n *3 24×12×3×3 .*\n\nMLU", out, re.MULTILINE)
+    assert re.search(r"^ +0 +12×3×3×3 .*\n +3 +24×12×3×3 .*\n\nMLU", out, re.MULTILINE)
     assert "5: the search was interrupted before it" in out
 
 
@@ -295,25 +310,14 @@ def test_an_interruption_prints_the_layers_that_are_done(call, monkeypatch):
 
 @pytest.fixture(scope="module")
 def smaller(place, tmp_path_factory) -> Path:
-    """The ResNet-20 with half of its parameters, and what was printed."""
+    """The ResNet-20 with half of its parameters."""
     pytest.importorskip("onnxruntime", reason="ONNX files need the packages of the extra export")
     pytest.importorskip("onnxscript", reason="ONNX files need the packages of the extra export")
     out = tmp_path_factory.mktemp("smaller") / "out"
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
-        words = ["compress", *RESNET, "--params", "0.5", "--out", str(out), "--onnx", "--export"]
-        assert typed(words) == 0
+        assert typed(["compress", *RESNET, "--params", "0.5", "--out", str(out), "--onnx", "--export"]) == 0
     return out
-
-
-def typed(words: list[str]) -> int:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["utilized-rank", *words])
-        try:
-            cli.entry()
-        except SystemExit as left:
-            return left.code or 0
-    return 0
 
 
 def test_a_smaller_network_comes_with_what_was_done(smaller, place):
@@ -482,14 +486,13 @@ def test_every_budget_is_kept_and_said(call, tmp_path, asked):
 
 @pytest.fixture(scope="module")
 def measured(place, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("measured")
+    made = tmp_path_factory.mktemp("measured")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
-        for name, words in {"a": BARE, "b": SMALL, "c": (*SMALL, "--energy", 0.9), "d": RESNET}.items():
-            side = () if words is not BARE else ("--data", "data", "--image-size", 24)
-            words = words if words is not BARE else BARE[:3]
-            assert typed(["measure", *map(str, (*words, *side)), "--out", str(folder / name)]) == 0
-    return folder
+        other = (*SMALL, "--mean", "0.3,0.3,0.3")
+        for name, words in {"a": other, "b": SMALL, "c": (*SMALL, "--energy", 0.9), "d": RESNET}.items():
+            assert typed(["measure", *map(str, words), "--out", str(made / name)]) == 0
+    return made
 
 
 def test_two_networks_of_one_architecture_are_compared_layer_by_layer(measured, call):
@@ -532,8 +535,8 @@ def test_doctor_says_what_this_machine_offers(call):
     lines = done(call("doctor")).splitlines()
     facts = {line[:22].strip(): line[22:] for line in lines}
     assert facts["devices"].startswith("cpu")
-    assert facts["torch"] == torch.__version__
-    assert facts["timm"] == timm.__version__
+    assert facts["torch"] == version("torch")
+    assert facts["timm"] == version("timm")
     assert facts["threads"].startswith(str(torch.get_num_threads()))
     for name in ("processor", "memory", "free disk here", "dvc on the path", "torchvision's weights"):
         assert facts[name]
