@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -55,10 +56,23 @@ def broken():
     nn.init.constant_(network[3].weight, float("nan"))
     return network
 
+def dead():
+    network = small()
+    nn.init.constant_(network[5].bias, -1e9)
+    return network
+
+class Undecided(nn.Sequential):
+    def forward(self, x):
+        return super().forward(x if float(x.sum().detach()) > -1e9 else -x)
+
+def undecided():
+    return Undecided(*small())
+
 def nothing():
     raise RuntimeError("no such thing\\nfor two reasons")
 """
 SMALL = ("nets:small", "--checkpoint", "small.pth", "--data", "data", "--image-size", 32)
+ONNX = ["--onnx"] if all(map(find_spec, ("onnxruntime", "onnxscript"))) else []
 RESNET = ("resnet20", "--checkpoint", "resnet20.th", "--data", "data")
 
 
@@ -305,18 +319,22 @@ def test_an_interruption_prints_the_layers_that_are_done(call, monkeypatch):
     assert "5: the search was interrupted before it" in out
 
 
+def test_features_that_are_all_zero_have_no_rank(call, tmp_path):
+    out = done(call("measure", "nets:dead", *SMALL[3:], "--out", tmp_path / "out"))
+    assert "RankMe" not in out
+    assert json.loads((tmp_path / "out" / "utilization.json").read_text())["rank_me"] is None
+
+
 # Compress and load
 
 
 @pytest.fixture(scope="module")
 def smaller(place, tmp_path_factory) -> Path:
-    """The ResNet-20 with half of its parameters."""
-    pytest.importorskip("onnxruntime", reason="ONNX files need the packages of the extra export")
-    pytest.importorskip("onnxscript", reason="ONNX files need the packages of the extra export")
+    """The ResNet-20 with half of its parameters, as an ONNX file, too, where there are packages for that."""
     out = tmp_path_factory.mktemp("smaller") / "out"
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
-        assert typed(["compress", *RESNET, "--params", "0.5", "--out", str(out), "--onnx", "--export"]) == 0
+        assert typed(["compress", *RESNET, "--params", "0.5", "--out", str(out), *ONNX, "--export"]) == 0
     return out
 
 
@@ -324,7 +342,7 @@ def test_a_smaller_network_comes_with_what_was_done(smaller, place):
     assert files(smaller.parent) == {
         "out",
         *(f"out/{name}" for name in ("README.md", "architectures.py", "compression.json", "layers.json")),
-        *(f"out/network.{kind}" for kind in ("safetensors", "onnx", "pt2")),
+        *(f"out/network.{kind}" for kind in ("safetensors", "pt2", *(["onnx"] if ONNX else []))),
     }
     record = json.loads((smaller / "compression.json").read_text())
     network = network_of(place, "resnet20.th")
@@ -347,9 +365,14 @@ def test_a_smaller_network_comes_with_what_was_done(smaller, place):
     assert record["finetuned"] is None
     assert record["budget"] == {"params": 0.5}
     assert record["provenance"]["checkpoint"] == "resnet20.th"
-    assert record["onnx"]["off"] < 1e-4 > record["export"]["off"]
+    assert all(record[kind]["off"] < 1e-4 for kind in ["export", *(["onnx"] if ONNX else [])])
     about = (smaller / "README.md").read_text()
-    for part in (f"{before:,} to {after:,}", f"of {len(labels):,} images", "network.onnx", "network.pt2"):
+    for part in (
+        f"{before:,} to {after:,}",
+        f"of {len(labels):,} images",
+        "network.pt2",
+        *(["network.onnx"] if ONNX else []),
+    ):
         assert part in about
 
 
@@ -406,16 +429,24 @@ def test_a_smaller_network_is_as_accurate_as_it_says_where_nobody_knows_this_pac
     assert by_hand["right"].sum() == round(said["after"] * said["images"] / 100, 6)
 
 
-def test_the_onnx_file_and_the_exported_network_say_the_same_of_every_image(smaller, by_hand):
-    import onnxruntime
+def batches(by_hand: dict[str, np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Images and what was said of them, in batches of more than one size."""
+    for rows in np.array_split(np.arange(len(by_hand["images"])), [1, 8]):
+        yield by_hand["images"][rows], by_hand["found"][rows]
 
+
+def test_the_onnx_file_says_the_same_of_every_image(smaller, by_hand):
+    onnxruntime = pytest.importorskip("onnxruntime", reason="it comes with the extra export")
+    pytest.importorskip("onnxscript", reason="it comes with the extra export")
     session = onnxruntime.InferenceSession(smaller / "network.onnx", providers=["CPUExecutionProvider"])
-    name = session.get_inputs()[0].name
+    for images, found in batches(by_hand):
+        assert (session.run(None, {session.get_inputs()[0].name: images})[0].argmax(1) == found).all()
+
+
+def test_the_exported_network_says_the_same_of_every_image(smaller, by_hand):
     exported = torch.export.load(smaller / "network.pt2").module()
-    for rows in np.array_split(np.arange(len(by_hand["images"])), [1, 8]):  # a batch may be of any size
-        images = by_hand["images"][rows]
-        assert (session.run(None, {name: images})[0].argmax(1) == by_hand["found"][rows]).all()
-        assert (exported(torch.from_numpy(images)).argmax(1).numpy() == by_hand["found"][rows]).all()
+    for images, found in batches(by_hand):
+        assert (exported(torch.from_numpy(images)).argmax(1).numpy() == found).all()
 
 
 def test_a_folder_is_checked_against_what_it_says(smaller, call):
@@ -445,6 +476,20 @@ def test_a_file_of_weights_cut_short_is_noticed(copied, call):
     weights = copied / "network.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     assert "is no folder of a smaller network" in refused(call("load", copied))
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "told"),
+    [
+        ("layers.json", '{"linear": ["Linear", {"x": 1}]}', "is of another network than ResNet"),
+        ("layers.json", "{", "is no folder of a smaller network"),
+        ("compression.json", "{", "is no folder of a smaller network"),
+        ("compression.json", "[]", r"\(compression\.json does not say what was done\)"),
+    ],
+)
+def test_a_file_that_somebody_changed_ends_in_one_line(copied, call, file, content, told):
+    (copied / file).write_text(content)
+    assert re.search(told, refused(call("load", copied)))
 
 
 def test_a_folder_of_another_size_than_it_says_is_noticed(copied, call):
@@ -526,6 +571,9 @@ def test_folders_of_one_name_are_told_apart_and_one_folder_is_not_compared_with_
     assert f"{tmp_path / 'b'}: nets:small" in out
     assert refused(call("compare", measured / "b", measured / "b")).endswith("are one folder: name two")
     assert "utilization.json" in refused(call("compare", measured / "b", tmp_path))
+    for content, told in {"{": "cannot be read", "{}": "is none that"}.items():
+        (tmp_path / "b" / "utilization.json").write_text(content)
+        assert told in refused(call("compare", measured / "b", tmp_path / "b"))
 
 
 # Help and doctor
@@ -729,6 +777,15 @@ def test_an_exported_network_that_computes_something_else_is_refused_and_leaves_
     before = files(place)
     ended = call("compress", *SMALL, "--params", 0.5, "--export", "--out", "out")
     assert ended.said[-1].startswith("the exported network is off by ")
+    assert ended.code == 2
+    assert files(place) == before
+
+
+@pytest.mark.parametrize("option", ["--export", *ONNX])
+def test_a_network_that_cannot_be_exported_is_refused_for_its_reason_and_leaves_nothing(place, call, option):
+    before = files(place)
+    ended = call("compress", "nets:undecided", *SMALL[3:], "--params", 0.7, option, "--out", "out")
+    assert re.match(r"the network cannot be exported.*: Could not guard on data-dependent", ended.said[-1])
     assert ended.code == 2
     assert files(place) == before
 

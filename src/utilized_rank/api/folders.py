@@ -164,7 +164,7 @@ def load(folder: str | Path, network: nn.Module) -> nn.Module:
         for name, part in layers.items():
             small.set_submodule(name, made(*part))
         small.load_state_dict(tensors)
-    except (AttributeError, KeyError, RuntimeError) as error:
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         why = "; ".join(textwrap.shorten(line, 200, placeholder=" ...") for line in str(error).splitlines()[:3])
         raise InputError(f"{folder} is of another network than {type(network).__name__}: {why}") from None
     setattr(small, RECORD, {**done, "layers": layers})

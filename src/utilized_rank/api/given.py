@@ -46,7 +46,7 @@ def standard(network: nn.Module, batch: Any) -> tuple[nn.Module, dict[str, str]]
     return made, standardize(made, placed(batch, made))
 
 
-def line(error: Exception) -> str:
+def line(error: BaseException) -> str:
     """The first line of what an error says."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..api.compressing import Method, compress
 from ..api.folders import DONE, RECORD, check_free, load, new_folder, write
-from ..api.given import InputError
+from ..api.given import InputError, line
 from ..base.sections import StudyError
 from ..datasets.data import Dataset
 from ..networks import cost
@@ -148,7 +148,7 @@ def _onnx(small: nn.Module, sample: Tensor, path: Path) -> dict[str, float]:
             small, (sample,), str(path), dynamo=True, dynamic_shapes=({0: batch},), external_data=False, verbose=False
         )
     except Exception as error:  # torch's exporter, on the network's own code
-        raise StudyError(f"the network cannot be exported to ONNX: {str(error).strip().splitlines()[0]}") from None
+        raise StudyError(f"the network cannot be exported to ONNX: {line(error.__cause__ or error)}") from None
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     found = session.run(None, {session.get_inputs()[0].name: sample.numpy()})[0]
     return {"off": _same(torch.from_numpy(found), small, sample, "the ONNX file")}
@@ -164,7 +164,7 @@ def _exported(small: nn.Module, sample: Tensor, path: Path) -> dict[str, float]:
     try:
         program = torch.export.export(small, (sample,), dynamic_shapes=({0: torch.export.Dim("batch")},))
     except Exception as error:  # torch's exporter, on the network's own code
-        raise StudyError(f"the network cannot be exported: {str(error).strip().splitlines()[0]}") from None
+        raise StudyError(f"the network cannot be exported: {line(error)}") from None
     torch.export.save(program, str(path))
     with torch.inference_mode():
         found = torch.export.load(str(path)).module()(sample)
@@ -249,6 +249,9 @@ def checked(out: Path, model: str | None, folder: Path | None, device: torch.dev
 
 def _done(out: Path) -> dict[str, Any]:
     try:
-        return json.loads((out / DONE).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+        found = json.loads((out / DONE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise InputError(f"{out} is no folder of a smaller network ({error})") from None
+    if not isinstance(found, dict) or not {"parameters", "ranks"} <= found.keys():
+        raise InputError(f"{out} is no folder of a smaller network ({DONE} does not say what was done)")
+    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -74,12 +75,13 @@ def measure(
 
 
 def _rank_me(network: nn.Module, inputs: Batches) -> float | None:
-    """RankMe of what flows into the classifier; None where that is not one vector an image."""
+    """RankMe of what flows into the classifier; None where that is not one vector an image, or zero."""
     try:
         seen = features(network, classifier(network), inputs)
     except StudyError:
         return None
-    return effective_rank(seen) if seen.ndim == 2 and len(seen) == len(inputs) else None
+    found = effective_rank(seen) if seen.ndim == 2 and len(seen) == len(inputs) else math.nan
+    return found if math.isfinite(found) else None
 
 
 def compare(first: Path, second: Path, out: Path | None) -> str:
@@ -135,4 +137,10 @@ def _record(folder: Path) -> dict[str, Any]:
         raise StudyError(
             f"{folder} has no {RECORD} and {TABLE}, as `utilized-rank measure MODEL --out {folder}` writes"
         )
-    return read_json(folder / RECORD)
+    try:
+        found = read_json(folder / RECORD)
+    except ValueError as error:
+        raise StudyError(f"{folder / RECORD} cannot be read: {error}") from None
+    if not isinstance(found, dict) or not {"mlu", "energy", "epsilon", "rank_me", "provenance"} <= found.keys():
+        raise StudyError(f"{folder / RECORD} is none that `utilized-rank measure` wrote")
+    return found
