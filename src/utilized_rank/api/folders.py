@@ -11,7 +11,7 @@ import tempfile
 import textwrap
 from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -119,14 +119,20 @@ def new_folder(folder: Path) -> Iterator[Path]:
         InputError: ``folder`` has something in it.
     """
     check_free(folder)
+    missing = [its for its in folder.parents if not its.exists()]
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as name:
-        partial = Path(name, folder.name)
-        partial.mkdir()
-        yield partial
-        if folder.is_dir():
-            folder.rmdir()
-        partial.rename(folder)
+    try:
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as name:
+            partial = Path(name, folder.name)
+            partial.mkdir()
+            yield partial
+            if folder.is_dir():
+                folder.rmdir()
+            partial.rename(folder)
+    finally:
+        for its in missing:
+            with suppress(OSError):  # the folder is in it
+                its.rmdir()
 
 
 def check_free(folder: Path) -> None:
