@@ -14,7 +14,7 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 # The rooms: each uses those before it. The library comes first, so that it knows nothing of a study.
 LIBRARY = ["networks", "ranks", "compression"]
-ROOMS = [*LIBRARY, "api", "base", "datasets", "training", "study", "stages", "report", "cli"]
+ROOMS = [*LIBRARY, "api", "base", "datasets", "training", "study", "stages", "report", "commands", "cli"]
 MODULES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path
     for path in PACKAGE.rglob("*.py")
