@@ -316,3 +316,143 @@ def test_a_smaller_network_is_exported_to_onnx(name, tmp_path):
 def test_a_smaller_resnet_is_scripted():
     small, inputs = one_input("ResNet-50")
     assert_same(torch.jit.script(small), small, inputs, 1e-5)
+
+
+class Odd(nn.Module):
+    """What networks do with layers beside calling each once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Linear(12, 16)
+        self.twice = nn.Linear(16, 16)
+        self.again = self.twice
+        self.left, self.right = nn.Linear(16, 16), nn.Linear(16, 16)
+        self.right.weight = self.left.weight
+        self.read = nn.Linear(16, 16)
+        self.never = nn.Linear(16, 16)
+        self.head = nn.Linear(16, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.again(self.twice(self.stem(x).relu()).relu()).relu()
+        x = (self.left(x) + self.right(x.flip(1))).relu()
+        return self.head(self.read(x) + nn.functional.linear(x, self.read.weight))
+
+
+UNCALLED = "its module is never called: the network reads its weight, or does not use it"
+WHOLE = {
+    "left": "its weight is also that of right",
+    "right": "its weight is also that of left",
+    "read": "the network does something else with it than call it",
+    "never": UNCALLED,
+}
+
+
+def odd(seed: int = 0) -> Odd:
+    torch.manual_seed(seed)
+    return Odd().eval()
+
+
+def test_what_is_called_twice_shared_read_or_never_reached_is_measured_or_has_a_reason():
+    found = ur.measure(odd(), calibration=drawn(200, 12), energy=0.99, rows=None)
+    assert list(found.layers.layer) == ["stem", "twice", "left", "right", "read", "head"]
+    assert found.left_out == {"never": UNCALLED}
+    assert found.moments["twice"].count == 2 * found.moments["stem"].count == 400
+
+
+def test_what_is_shared_read_or_never_reached_stays_whole_with_a_reason():
+    network = odd()
+    small = halved(network, drawn(200, 12), 0.8)
+    assert small.utilized_rank["left_whole"] == WHOLE
+    assert small.utilized_rank["ranks"].keys() == {"stem", "twice", "head"}
+    assert small.left.weight is small.right.weight
+    for name in WHOLE:
+        assert torch.equal(small.get_submodule(name).weight, network.get_submodule(name).weight)
+
+
+def test_a_layer_under_two_names_is_two_layers_under_both_also_out_of_a_folder(tmp_path):
+    network, inputs = odd(), drawn(200, 12)
+    small = halved(network, inputs, 0.8)
+    loaded = ur.load(ur.save(small, tmp_path / "small"), odd(seed=1))
+    for its in (small, loaded):
+        assert isinstance(its.twice, nn.Sequential)
+        assert its.again is its.twice
+        assert its.left.weight is its.right.weight
+        assert parameters(its) == small.utilized_rank["parameters"][1] <= 0.8 * parameters(network)
+    assert_same(loaded, small, inputs, 1e-5)
+
+
+def test_a_network_none_of_whose_layers_can_be_put_in_two_is_refused():
+    network = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    network[1].weight = network[0].weight
+    with pytest.raises(ur.InputError, match=r"no layer of the network can be put in two: .*also that of 1"):
+        halved(network, drawn(20, 8))
+
+
+def test_frozen_layers_stay_frozen_and_those_that_learn_go_on_learning(tmp_path):
+    network = made("torchvision ViT").requires_grad_(False)
+    learning = "encoder.layers.encoder_layer_1."
+    network.get_submodule(learning[:-1]).requires_grad_(True)
+    inputs = FAMILIES["torchvision ViT"].inputs()
+    small = halved(network, inputs)
+    ranks = small.utilized_rank["ranks"]
+    assert 0 < sum(name.startswith(learning) for name in ranks) < len(ranks)
+    loaded = ur.load(ur.save(small, tmp_path / "small"), network)
+    for its in (small, loaded):
+        for name, parameter in its.named_parameters():
+            assert parameter.requires_grad == name.startswith(learning), name
+    small(inputs).square().mean().backward()
+    assert all(
+        its.grad.any()
+        for name, its in small.named_parameters()
+        if name.endswith("mlp.0.0.weight") and its.requires_grad
+    )
+
+
+def test_a_network_in_training_stays_there_and_the_smaller_one_is_in_evaluation():
+    network = nn.Sequential(nn.Linear(12, 32), nn.BatchNorm1d(32), nn.Dropout(0.5), nn.Linear(32, CLASSES))
+    network[2].eval()
+    before, inputs = copy.deepcopy(network), drawn(100, 12)
+    small = halved(network, inputs, 0.8)
+    found = ur.measure(network, calibration=inputs, energy=0.99)
+    assert_untouched(network, before)
+    assert not any(module.training for module in small.modules())
+    assert ur.measure(before.eval(), calibration=inputs, energy=0.99).layers.equals(found.layers)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_a_network_stays_of_its_type(dtype, tmp_path):
+    def new(seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        layers = [nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16 * 36, 24), nn.Linear(24, CLASSES)]
+        return nn.Sequential(*layers).eval().to(dtype)
+
+    network, inputs = new(0), drawn(60, 3, 8, 8).to(dtype)
+    labels = network(inputs).argmax(1)
+    found = ur.measure(network, (inputs, labels), epsilon=5)
+    assert len(found.layers) == 3
+    assert found.score == 100
+    small = halved(network, inputs)
+    loaded = ur.load(ur.save(small, tmp_path / "small"), new(1))
+    assert {its.dtype for model in (small, loaded) for its in model.parameters()} == {dtype}
+    assert_same(loaded, small, inputs, 1e-5)
+
+
+def test_parts_of_another_type_keep_it_out_of_a_folder(tmp_path):
+    """As Llama's frequencies in float32 under weights in bfloat16."""
+
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(12, 32).bfloat16(), nn.Linear(32, CLASSES)
+            self.register_buffer("fine", torch.rand(12, dtype=torch.float64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.two(self.one((x * self.fine).bfloat16()).float())
+
+    network, inputs = Mixed().eval(), drawn(100, 12)
+    small = halved(network, inputs, 0.8)
+    loaded = ur.load(ur.save(small, tmp_path / "small"), network)
+    types = {name: tensor.dtype for name, tensor in small.state_dict().items()}
+    assert {name: tensor.dtype for name, tensor in loaded.state_dict().items()} == types
+    assert types["fine"] == torch.float64
+    assert_same(loaded, small, inputs, 1e-5)
