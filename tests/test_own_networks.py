@@ -381,6 +381,31 @@ def test_a_layer_under_two_names_is_two_layers_under_both_also_out_of_a_folder(t
     assert_same(loaded, small, inputs, 1e-5)
 
 
+class Tied(nn.Module):
+    """Two layers of Hugging Face that store one weight, transposed: plain ones would have a copy each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        kind = pytest.importorskip("transformers.pytorch_utils", reason="a layer of Hugging Face").Conv1D
+        self.stem, self.one, self.two = nn.Linear(12, 16), kind(16, 16), kind(16, 16)
+        self.two.weight = self.one.weight
+        self.head = nn.Linear(16, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.two(self.one(self.stem(x)).relu()).relu())
+
+
+def test_a_weight_that_is_shared_and_stored_in_another_form_stays_one():
+    torch.manual_seed(0)
+    network, inputs = Tied().eval(), drawn(200, 12)
+    why = {"one": "Conv1D: its weight is also that of two", "two": "Conv1D: its weight is also that of one"}
+    assert ur.measure(network, calibration=inputs, energy=0.99).left_out == why
+    small = halved(network, inputs, 0.9)
+    assert small.utilized_rank["left_whole"] == why
+    assert small.one.weight is small.two.weight
+    assert parameters(small) <= 0.9 * parameters(network)
+
+
 def test_a_network_none_of_whose_layers_can_be_put_in_two_is_refused():
     network = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
     network[1].weight = network[0].weight
