@@ -9,7 +9,7 @@ BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export DVC_NO_ANALYTICS := 1
 
-.PHONY: repro test test-large test-gpu test-oldest bench lint lock dist clean
+.PHONY: repro test test-large test-networks test-gpu test-oldest bench lint lock dist clean
 repro: .venv/ready
 	$(if $(STUDY),$(BIN)/utilized-rank study $(STUDY))
 	$(BIN)/dvc repro $(patsubst %,reports/%/dvc.yaml,$(filter-out digits,$(STUDY)))
@@ -20,6 +20,10 @@ test: .venv/ready
 # Networks of timm and torchvision at their published width, cut to two blocks: minutes each.
 test-large: .venv/ready
 	$(BIN)/pytest -m large
+
+# One network of each family that may be a user's own, at small size: a few minutes.
+test-networks: .venv/ready
+	$(BIN)/pytest -m networks
 
 # What needs a GPU; torch, timm, pandas and pytest are enough: `python -m pytest --noconftest -m gpu tests/test_gpu.py`.
 test-gpu: .venv/ready

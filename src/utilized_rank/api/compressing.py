@@ -10,6 +10,7 @@ from torch import nn
 
 from ..compression.compressor import Compression
 from ..compression.costs import COSTS, Choices
+from ..compression.losses import LOSSES
 from ..compression.lowrank import METHODS
 from ..networks import cost, exchange
 from ..networks.devices import placed
@@ -70,6 +71,8 @@ def compress(
     """
     if method not in ("compensated", *METHODS):
         raise InputError(f"there is no method {method!r} (compensated, {', '.join(METHODS)})")
+    if losses not in LOSSES:
+        raise InputError(f"there are no losses {losses!r} ({', '.join(LOSSES)})")
     kind, amount = _asked(params=params, flops=flops, latency=latency, epsilon=epsilon)
     goal = goal_of(network, search, score) if kind == "epsilon" else None
     inputs = inputs_of(calibration, network, "calibration")
