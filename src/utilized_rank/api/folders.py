@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..networks import modules
+from ..networks.exchange import undisturbed
 from .given import InputError
 
 NAMES = {"params": "parameters", "flops": "FLOPs", "latency": "latency"}
@@ -157,9 +158,10 @@ def load(folder: str | Path, network: nn.Module) -> nn.Module:
     small = copy.deepcopy(network)
     new: dict[nn.Module, nn.Module] = {}  # a module under two names stays one
     try:
-        for name, part in layers.items():
-            old = small.get_submodule(name)
-            small.set_submodule(name, new.setdefault(old, _like(old, made(*part))))
+        with undisturbed(small):  # layers are made with random weights
+            for name, part in layers.items():
+                old = small.get_submodule(name)
+                small.set_submodule(name, new.setdefault(old, _like(old, made(*part))))
         small.load_state_dict(tensors)
     except (AttributeError, KeyError, RuntimeError) as error:
         why = "; ".join(line.strip() for line in str(error).splitlines()[:3])

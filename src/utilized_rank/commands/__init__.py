@@ -1,4 +1,4 @@
 """What the command line does with a network that a user names: measured, made smaller, compared, checked.
 
-Uses the library, `api`, `base`, `datasets`, `training` and `report`.
+Uses `networks`, `ranks`, `api`, `base`, `datasets`, `training`, `study` and `report`.
 """

@@ -7,7 +7,7 @@ layer with that weight takes the module's place.
 
 from __future__ import annotations
 
-from collections import OrderedDict, defaultdict
+from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, cast
@@ -78,7 +78,7 @@ def plain(network: nn.Module, batch: Any) -> dict[str, str]:
                 return {}
             expected, inputs = _called(network, batch, list(candidates.values()))
             made, stay = _layers(candidates, inputs)
-            for name, shared in _shared(network, candidates).items():
+            for name, shared in exchange.shared(network, candidates).items():
                 if made.pop(candidates[name], None) is not None:
                     stay[name] = _reason(candidates[name], f"its weight is also that of {', '.join(shared)}")
             for old, new in made.items():
@@ -103,19 +103,6 @@ def _inside(network: nn.Module, kinds: tuple[type[nn.Module], ...]) -> Iterator[
     for name, module in network.named_modules():
         if isinstance(module, kinds):
             yield from (f"{name}.{part}" if name else part for part, _ in module.named_modules() if part)
-
-
-def _shared(network: nn.Module, candidates: dict[str, nn.Module]) -> dict[str, list[str]]:
-    """Those whose parameters others have, too, and which: a copy of such a weight would be one more."""
-    owners: dict[nn.Parameter, list[str]] = defaultdict(list)
-    for name, module in network.named_modules():
-        for parameter in module.parameters(recurse=False):
-            owners[parameter].append(name)
-    others = {
-        name: [o for its in module.parameters() for o in owners[its] if not f"{o}.".startswith(f"{name}.")]
-        for name, module in candidates.items()
-    }
-    return {name: shared for name, shared in others.items() if shared}
 
 
 def _reason(module: nn.Module, why: object) -> str:
