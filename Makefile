@@ -14,8 +14,10 @@ repro: .venv/ready
 	$(if $(STUDY),$(BIN)/utilized-rank study $(STUDY))
 	$(BIN)/dvc repro $(patsubst %,reports/%/dvc.yaml,$(filter-out digits,$(STUDY)))
 
+# Files of tests side by side, a thread each: most are too small for more.
+test: export OMP_NUM_THREADS := 1
 test: .venv/ready
-	$(BIN)/pytest --cov
+	$(BIN)/pytest --cov -n logical --maxprocesses 4 --dist loadgroup
 
 # Networks of timm and torchvision at their published width, cut to two blocks: minutes each.
 test-large: .venv/ready
