@@ -9,7 +9,7 @@ BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export DVC_NO_ANALYTICS := 1
 
-.PHONY: repro test test-large test-gpu test-oldest bench lint lock dist clean
+.PHONY: repro test test-large test-gpu test-oldest bench language-model lint lock dist clean
 repro: .venv/ready
 	$(if $(STUDY),$(BIN)/utilized-rank study $(STUDY))
 	$(BIN)/dvc repro $(patsubst %,reports/%/dvc.yaml,$(filter-out digits,$(STUDY)))
@@ -34,6 +34,10 @@ test-oldest: .venv-oldest/ready
 # Threads that wait spin briefly, as in the stages.
 bench: .venv/ready
 	GOMP_SPINCOUNT=3000 $(BIN)/python -m benchmarks $(ONLY)
+
+# Train a small GPT on Python's own reference, measure it and make it smaller: reports/language_model/ (about 15 minutes).
+language-model: .venv/ready
+	$(BIN)/python -m examples.language_model
 
 lint: .venv/ready
 	$(BIN)/ruff check .
