@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -133,7 +134,7 @@ def compression(made: pd.DataFrame, unigram: float) -> Figure:
     return figure
 
 
-def _intervals(axes: Axes, rows: pd.DataFrame, whole: float, **how: object) -> None:
+def _intervals(axes: Axes, rows: pd.DataFrame, whole: float, **how: Any) -> None:
     low, high = (whole * (1 + rows[side] / 100) for side in ("low", "high"))
     axes.errorbar(
         rows.parameters_kept, rows.perplexity, [rows.perplexity - low, high - rows.perplexity], capsize=3, **how
