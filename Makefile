@@ -35,7 +35,8 @@ test-oldest: .venv-oldest/ready
 bench: .venv/ready
 	GOMP_SPINCOUNT=3000 $(BIN)/python -m benchmarks $(ONLY)
 
-# Train a small GPT on Python's own reference, measure it and make it smaller: reports/language_model/ (about 15 minutes).
+# Train a small GPT on Python's own reference, measure it and make it smaller: reports/language_model/
+# (23 minutes on one core that others used too; what was trained is kept in data/language_model/).
 language-model: .venv/ready
 	$(BIN)/python -m examples.language_model
 

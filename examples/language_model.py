@@ -493,7 +493,7 @@ def run(of: Settings, documents: Mapping[str, str], weights: Path, report: Path)
     untrained = baselines(texts["train"], texts["test"])
     style.use()
     style.save(figures.utilization(used, others), report / "utilization.svg")
-    style.save(figures.compression(made, 2 ** untrained["unigram"]), report / "compression.svg")
+    style.save(figures.compression(made), report / "compression.svg")
     unaltered = made.iloc[0]
     record = {
         "parameters": asdict(of),

@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullLocator, PercentFormatter
+from matplotlib.ticker import PercentFormatter
 
 from utilized_rank.report.figures.style import AMBER, BLACK, BLUE, GREEN, GREY, ORANGE, PINK, SKY
 
@@ -102,12 +102,11 @@ def _named(line: Iterable[Axes]) -> tuple[list[Artist], list[str]]:
     return list(found.values()), list(found)
 
 
-def compression(made: pd.DataFrame, unigram: float) -> Figure:
+def compression(made: pd.DataFrame) -> Figure:
     """Perplexity against the parameters kept, one line a method, with paired intervals around the whole network's.
 
     Args:
         made: as the example's ``compression`` gives it.
-        unigram: perplexity of what knows no context.
     """
     whole = made.iloc[0]
     budgets = made[made.asked.str.endswith("of the parameters")]
@@ -117,18 +116,13 @@ def compression(made: pd.DataFrame, unigram: float) -> Figure:
         if len(rows):
             _intervals(axes, rows, whole.perplexity, color=colour, marker=marker, ls="-", label=method)
     found = made[made.asked.str.startswith("within")]
-    label = ", ".join(found.asked)
+    label = ", ".join(found.method + ", " + found.asked)
     _intervals(axes, found, whole.perplexity, color=BLACK, marker="*", ms=12, ls="", label=label)
     axes.axhline(whole.perplexity, color=BLACK, lw=1, label=f"the whole network, {made.parameters[0]:,} parameters")
-    axes.axhline(unigram, color=GREY, lw=1, ls=":", label="bytes without context")
-    axes.set_yscale("log")
     axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_locator(LogLocator(subs=[1, 1.5, 2, 3, 4, 5, 6, 8]))
-    axes.yaxis.set_major_formatter("{x:g}")
     axes.set(
         xlabel="parameters kept (% of the whole network's)",
-        ylabel="perplexity per byte of the test text\n(log scale, 95% paired intervals)",
+        ylabel="perplexity per byte of the test text\n(paired 95% intervals)",
     )
     axes.legend(loc="upper right")
     return figure
