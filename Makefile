@@ -9,7 +9,7 @@ BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export DVC_NO_ANALYTICS := 1
 
-.PHONY: repro test test-large test-networks test-gpu test-oldest bench lint lock dist clean
+.PHONY: repro test test-large test-networks test-gpu test-oldest bench language-model lint lock dist clean
 repro: .venv/ready
 	$(if $(STUDY),$(BIN)/utilized-rank study $(STUDY))
 	$(BIN)/dvc repro $(patsubst %,reports/%/dvc.yaml,$(filter-out digits,$(STUDY)))
@@ -40,6 +40,11 @@ test-oldest: .venv-oldest/ready
 # Threads that wait spin briefly, as in the stages.
 bench: .venv/ready
 	GOMP_SPINCOUNT=3000 $(BIN)/python -m benchmarks $(ONLY)
+
+# Train a small GPT on Python's own reference, measure it and make it smaller: reports/language_model/
+# (23 minutes on one core that others used too; what was trained is kept in data/language_model/).
+language-model: .venv/ready
+	$(BIN)/python -m examples.language_model
 
 lint: .venv/ready
 	$(BIN)/ruff check .
