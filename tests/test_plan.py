@@ -280,7 +280,7 @@ def test_a_study_that_is_not_there_is_an_error_of_one_line_with_the_nearest(monk
     monkeypatch.setattr(sys, "argv", ["utilized-rank", "plan", "fashion_mnits"])
     with pytest.raises(SystemExit) as left:
         cli.entry()
-    assert left.value.code == 1
+    assert left.value.code == 2
     assert capsys.readouterr().err == "conf/study has no 'fashion_mnits'; did you mean 'fashion_mnist'?\n"
 
 

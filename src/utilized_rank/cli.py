@@ -132,7 +132,7 @@ def entry() -> None:
     """Run the command; a user's mistake ends in its message and exit status 2."""
     try:
         app()
-    except StudyError as error:
+    except (StudyError, OSError, FloatingPointError) as error:
         _refuse(error)
     except ValueError as error:
         from .api.given import InputError  # torch takes seconds

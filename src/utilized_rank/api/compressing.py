@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any, Literal
 
 import torch
@@ -110,7 +111,7 @@ def _asked(**budgets: float | None) -> tuple[str, float]:
     ((kind, amount),) = given
     if kind != "epsilon" and not 0 < amount < 1:
         raise InputError(f"{kind}={amount:g}: the part that may remain lies between 0 and 1")
-    if not amount >= 0:
+    if not 0 <= amount < math.inf:
         raise InputError(f"epsilon={amount:g} is no tolerated loss: it is 0 or more")
     return kind, amount
 

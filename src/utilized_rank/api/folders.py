@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import inspect
 import json
+import os
 import shutil
 import tempfile
+import textwrap
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -133,10 +135,13 @@ def check_free(folder: Path) -> None:
     """Refuse a folder that has something in it.
 
     Raises:
-        InputError: it has.
+        InputError: it has, or no folder can be made there.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder} is not an empty folder: name another, or empty it")
+    above = next(its for its in folder.absolute().parents if its.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise InputError(f"{folder} cannot be made: {above} is no folder, or cannot be written to")
 
 
 def load(folder: str | Path, network: nn.Module) -> nn.Module:
@@ -164,7 +169,7 @@ def load(folder: str | Path, network: nn.Module) -> nn.Module:
                 small.set_submodule(name, new.setdefault(old, _like(old, made(*part))))
         small.load_state_dict(tensors)
     except (AttributeError, KeyError, RuntimeError) as error:
-        why = "; ".join(line.strip() for line in str(error).splitlines()[:3])
+        why = "; ".join(textwrap.shorten(line, 200, placeholder=" ...") for line in str(error).splitlines()[:3])
         raise InputError(f"{folder} is of another network than {type(network).__name__}: {why}") from None
     setattr(small, RECORD, {**done, "layers": layers})
     return small.eval()

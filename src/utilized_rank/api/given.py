@@ -35,18 +35,19 @@ def standard(network: nn.Module, batch: Any) -> tuple[nn.Module, dict[str, str]]
     try:
         made = copy.deepcopy(network).eval()
     except Exception as error:  # torch refuses tensors of a graph, modules may refuse anything
-        raise InputError(f"the network cannot be copied ({_line(error)})") from None
+        raise InputError(f"the network cannot be copied ({line(error)})") from None
     try:
         with torch.inference_mode():
             given = call(made, placed(batch, made))
         logits_of(given)
     except Exception as error:  # the network's own code
         shapes = ", ".join(str(tuple(leaf.shape)) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor))
-        raise InputError(f"the network does not take inputs of shape {shapes}: {_line(error)}") from None
+        raise InputError(f"the network does not take inputs of shape {shapes}: {line(error)}") from None
     return made, standardize(made, placed(batch, made))
 
 
-def _line(told: object) -> str:
+def line(told: object) -> str:
+    """The first line of what an error, or a value, says."""
     return (str(told).strip().splitlines() or [type(told).__name__])[0]
 
 
@@ -103,7 +104,7 @@ def parts(data: Any, network: nn.Module, what: str) -> tuple[Batches, Tensor | N
     try:
         inputs = gathered(pairs[0][0] if len(pairs) == 1 else [its for its, _ in pairs])
     except (RuntimeError, ValueError) as error:
-        raise InputError(f"batches of {what} do not go together (a pair is a tuple): {_line(error)}") from None
+        raise InputError(f"batches of {what} do not go together (a pair is a tuple): {line(error)}") from None
     labels = [its for _, its in pairs if its is not None]
     if not labels or len(labels) < len(pairs):
         return inputs, None
@@ -158,7 +159,7 @@ def checked(score: Score) -> Score:
         try:
             return float(value)
         except (TypeError, ValueError):
-            raise InputError(f"score gave {_line(value)}: it must give a number, the higher the better") from None
+            raise InputError(f"score gave {line(value)}: it must give a number, the higher the better") from None
 
     return number
 

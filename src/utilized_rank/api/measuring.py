@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -66,7 +67,7 @@ def measure(
         raise InputError("give epsilon=, a tolerated loss, or energy=, a fraction of the variance (and not both)")
     if energy is not None and not 0 < energy <= 1:
         raise InputError(f"energy={energy:g} is no fraction: it lies above 0, up to 1")
-    if epsilon is not None and not epsilon >= 0:
+    if epsilon is not None and not 0 <= epsilon < math.inf:
         raise InputError(f"epsilon={epsilon:g} is no tolerated loss: it is 0 or more")
     goal = None if epsilon is None else goal_of(network, search, score)
     inputs = inputs_of(search if calibration is None else calibration, network, "calibration")

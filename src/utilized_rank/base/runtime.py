@@ -26,16 +26,17 @@ def device(asked: str | None = None) -> torch.device:
     Raises:
         StudyError: there is no such device.
     """
+    where = "" if asked else f"{DEVICE}: "
     asked = asked or os.environ.get(DEVICE) or "auto"
     if asked == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         found = torch.device(asked)
     except RuntimeError:
-        raise StudyError(f"{DEVICE}: there is no kind of device {asked!r} (auto, cpu, cuda, cuda:1, mps)") from None
+        raise StudyError(f"{where}there is no kind of device {asked!r} (auto, cpu, cuda, cuda:1, mps)") from None
     count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
     if (found.index or 0) >= count.get(found.type, 0):
-        raise StudyError(f"{DEVICE}: this machine, as torch sees it, has no {asked} (cpu is always there)")
+        raise StudyError(f"{where}this machine, as torch sees it, has no {asked} (cpu is always there)")
     return found
 
 

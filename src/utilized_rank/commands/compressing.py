@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from pathlib import Path
 from typing import Any, cast
 
@@ -70,6 +71,10 @@ def smaller(
         InputError: likewise.
     """
     check_free(out)
+    if not 0 < lr < math.inf:
+        raise StudyError(f"--lr {lr:g} is no learning rate: it lies above 0")
+    if onnx:
+        _check_onnx()
     its = named(model, checkpoint, prepared)
     # Where something is chosen on held-out images, others are reported.
     halves = budget["epsilon"] is not None or epochs > 0
@@ -115,17 +120,27 @@ def _latency(network: nn.Module, small: nn.Module, dataset: Dataset) -> dict[str
     return {"images": len(some), "before_ms": 1000 * before, "after_ms": 1000 * after}
 
 
+def _check_onnx() -> None:
+    """Refuse an ONNX file where its packages are not installed.
+
+    Raises:
+        StudyError: they are not.
+    """
+    try:
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401  (torch's exporter needs it)
+    except ImportError as error:
+        raise StudyError(f"--onnx needs {error.name}: pip install 'utilized-rank[export]'") from None
+
+
 def _onnx(small: nn.Module, sample: Tensor, path: Path) -> dict[str, float]:
     """Write an ONNX file; returns how far it is off in onnxruntime.
 
     Raises:
-        StudyError: its packages are not installed, it cannot be written, or it does not compute the same.
+        StudyError: it cannot be written, or does not compute the same.
     """
-    try:
-        import onnxruntime
-        import onnxscript  # noqa: F401  (torch's exporter needs it)
-    except ImportError as error:
-        raise StudyError(f"--onnx needs {error.name}: pip install 'utilized-rank[export]'") from None
+    import onnxruntime
+
     small, sample = copy.deepcopy(small).cpu(), sample.cpu()
     batch = torch.export.Dim("batch")
     try:

@@ -91,12 +91,13 @@ def compare(first: Path, second: Path, out: Path | None) -> str:
         out: of the figure, an SVG file; none where it is None.
 
     Raises:
-        StudyError: a folder is none of these.
+        StudyError: a folder is none of these, or both are one.
     """
     records = [_record(folder) for folder in (first, second)]
-    labels = [
-        f"{folder.name}: {of['provenance']['model']}" for folder, of in zip((first, second), records, strict=True)
-    ]
+    if first.resolve() == second.resolve():
+        raise StudyError(f"{first} and {second} are one folder: name two")
+    names = (first.name, second.name) if first.name != second.name else (first, second)
+    labels = [f"{name}: {of['provenance']['model']}" for name, of in zip(names, records, strict=True)]
     tables = dict(zip(labels, (read_table(folder / TABLE) for folder in (first, second)), strict=True))
     summary = pd.DataFrame(
         {

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..api.given import line
 from ..base.sections import StudyError, suggestion
 from ..datasets.images import CHANNELS
 from ..networks.devices import placed
@@ -100,9 +101,9 @@ def _of_function(name: str, prepared: dict[str, Any]) -> Named:
     sys.path.insert(0, str(Path.cwd()))
     try:
         network = getattr(importlib.import_module(place), function)()
-    except (ImportError, AttributeError, TypeError) as error:
+    except Exception as error:  # the user's own code
         raise StudyError(
-            f"{name} cannot be made ({error}): name a function without arguments, of a module that Python "
+            f"{name} cannot be made ({line(error)}): name a function without arguments, of a module that Python "
             "finds from here"
         ) from None
     finally:
@@ -143,7 +144,9 @@ def _timm(name: str) -> dict[str, Any]:
     from timm.data.config import resolve_data_config
 
     cfg = timm.get_pretrained_cfg(name.removeprefix("timm/"), allow_unregistered=True)
-    found = resolve_data_config(pretrained_cfg=cfg.to_dict() if cfg is not None else {})
+    if cfg is None:  # not theirs, which is said later
+        return {"side": 224}
+    found = resolve_data_config(pretrained_cfg=cfg.to_dict())
     return {"side": found["input_size"][-1], "crop": found["crop_pct"], "mean": found["mean"], "std": found["std"]}
 
 
@@ -174,7 +177,11 @@ def _own(name: str, tensors: dict[str, Tensor] | None, prepared: dict[str, Any],
 def _classes(make: Callable[[], nn.Module], tensors: dict[str, Tensor], default: int) -> int:
     """How many classes a checkpoint has: the outputs of the last linear layer, where it has such a tensor."""
     with torch.device("meta"):
-        head, _ = models.classifier_of(make())
+        network = make()
+    try:
+        head, _ = models.classifier_of(network)
+    except StudyError:  # a convolution, say
+        return default
     weight = tensors.get(f"{head}.weight")
     return default if weight is None else len(weight)
 
@@ -204,8 +211,13 @@ def check_classes(its: Named, classes: list[str], folder: Path) -> None:
         StudyError: it has other classes than the folder, by number, or does not take the images.
     """
     side = its.preparation.side
-    with torch.inference_mode():
-        outputs = logits_of(its.network(placed(torch.zeros(1, CHANNELS, side, side), its.network)))
+    try:
+        with torch.inference_mode():
+            outputs = logits_of(its.network(placed(torch.zeros(1, CHANNELS, side, side), its.network)))
+    except Exception as error:  # the network's own code
+        raise StudyError(f"{its.name} does not take images of {side} x {side} pixels: {line(error)}") from None
+    if outputs.ndim != 2:
+        raise StudyError(f"{its.name} gives {tuple(outputs.shape)} for an image: one score for each class is needed")
     if outputs.shape[1] != len(classes):
         raise StudyError(
             f"{its.name} tells {outputs.shape[1]} classes apart, and {folder} has {len(classes)} directories: give "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -39,7 +40,7 @@ def _prepared(side: int | None, crop: float | None, mean: str | None, std: str |
             found = tuple(float(part) for part in text.split(","))
         except ValueError:
             found = ()
-        if len(found) != 3 or (option == "--std" and min(found) <= 0):
+        if len(found) != 3 or not all(map(math.isfinite, found)) or (option == "--std" and min(found) <= 0):
             raise StudyError(f"{option} {text}: it takes three numbers apart by commas, such as 0.485,0.456,0.406")
         return found
 

@@ -212,8 +212,10 @@ def tensors_of(path: Path) -> dict[str, Tensor]:
             return read_tensors(path)[0]
         held = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, OSError, pickle.UnpicklingError, RuntimeError, EOFError, IndexError, ValueError) as error:
-        why = str(error).splitlines() or [type(error).__name__]
-        raise StudyError(f"checkpoint {path} cannot be read: {why[0]}") from None
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        if isinstance(error, pickle.UnpicklingError):  # torch's words invite to run its code
+            why = "it is none of torch's, cut short, or holds more than tensors"
+        raise StudyError(f"checkpoint {path} cannot be read: {why}") from None
     for key in ("state_dict", "model"):  # what training scripts wrap it in
         held = held.get(key, held) if isinstance(held, dict) else held
     if not isinstance(held, dict) or not all(isinstance(tensor, Tensor) for tensor in held.values()):
@@ -266,7 +268,8 @@ def pretrained(model: Model, weights: str | None, shape: Shape) -> nn.Module:
     except (OSError, RuntimeError, ValueError, KeyError) as error:
         raise StudyError(
             f"the weights of {model.architecture} are in no cache, and cannot be downloaded "
-            f"({str(error).splitlines()[0]}): connect to a network once, or give a file by method: checkpoint"
+            f"({str(error).splitlines()[0]}): connect to a network once, or give a file (in a study by "
+            "method: checkpoint, to a command by --checkpoint)"
         ) from None
 
 
