@@ -9,17 +9,23 @@ BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export DVC_NO_ANALYTICS := 1
 
-.PHONY: repro test test-large test-gpu test-oldest bench lint lock dist clean
+.PHONY: repro test test-large test-networks test-gpu test-oldest bench language-model lint lock dist clean
 repro: .venv/ready
 	$(if $(STUDY),$(BIN)/utilized-rank study $(STUDY))
 	$(BIN)/dvc repro $(patsubst %,reports/%/dvc.yaml,$(filter-out digits,$(STUDY)))
 
+# Files of tests side by side, a thread each: most are too small for more.
+test: export OMP_NUM_THREADS := 1
 test: .venv/ready
-	$(BIN)/pytest --cov
+	$(BIN)/pytest --cov -n logical --maxprocesses 4 --dist loadgroup
 
 # Networks of timm and torchvision at their published width, cut to two blocks: minutes each.
 test-large: .venv/ready
 	$(BIN)/pytest -m large
+
+# One network of each family that may be a user's own, at small size: a few minutes.
+test-networks: .venv/ready
+	$(BIN)/pytest -m networks
 
 # What needs a GPU; torch, timm, pandas and pytest are enough: `python -m pytest --noconftest -m gpu tests/test_gpu.py`.
 test-gpu: .venv/ready
@@ -34,6 +40,11 @@ test-oldest: .venv-oldest/ready
 # Threads that wait spin briefly, as in the stages.
 bench: .venv/ready
 	GOMP_SPINCOUNT=3000 $(BIN)/python -m benchmarks $(ONLY)
+
+# Train a small GPT on Python's own reference, measure it and make it smaller: reports/language_model/
+# (23 minutes on one core that others used too; what was trained is kept in data/language_model/).
+language-model: .venv/ready
+	$(BIN)/python -m examples.language_model
 
 lint: .venv/ready
 	$(BIN)/ruff check .

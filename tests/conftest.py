@@ -28,6 +28,14 @@ from utilized_rank.training.sections import Model
 settings.register_profile("seeded", deadline=None, derandomize=True)
 settings.load_profile("seeded")
 
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Side by side, a file's tests stay together, as they share what it makes; so do those of whole studies."""
+    for item in items:
+        whole = "tiny_project" in getattr(item, "fixturenames", ())
+        item.add_marker(pytest.mark.xdist_group("studies" if whole else item.path.stem))
+
+
 SHAPE, CLASSES = (3, 8, 8), 5
 
 PARAMETERS = {

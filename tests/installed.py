@@ -10,16 +10,15 @@ MEASURE = """
 import torch
 from torch import nn
 
-from utilized_rank.networks.evaluation import Labelled
-from utilized_rank.ranks.measure import measure
+import utilized_rank as ur
 
 torch.manual_seed(0)
 network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 4))
 images = torch.randn(64, 3, 8, 8)
-labels = network(images).argmax(1)
-found = measure(network, Labelled(images, labels), images, [5.0], precision="float32")
-assert len(found.layers) == 2 and 0 < found.mean_layer_utilization()[5.0] <= 1
-print(found.layers.to_string())
+found = ur.measure(network, (images, network(images).argmax(1)), epsilon=5.0)
+assert len(found.layers) == 2 and 0 < found.mlu <= 1
+print(found)
+ur.save(ur.compress(network, images, params=0.5), "small")
 """
 
 

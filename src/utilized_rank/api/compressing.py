@@ -11,6 +11,7 @@ from torch import nn
 
 from ..compression.compressor import Compression
 from ..compression.costs import COSTS, Choices
+from ..compression.losses import LOSSES
 from ..compression.lowrank import METHODS
 from ..networks import cost, exchange
 from ..networks.devices import placed
@@ -36,6 +37,7 @@ def compress(
     method: Method = "compensated",
     losses: Literal["divergence", "energy"] = "divergence",
     loss_inputs: int = 256,
+    rows: int | None = 4,
     memory: int = 2048,
     batch_size: int = 128,
     progress: bool = True,
@@ -58,6 +60,7 @@ def compress(
             (P_S W P_T).
         losses: what a budget adds up: the measured divergence of the predictions, or the energy of outputs, sooner.
         loss_inputs: calibration inputs that the divergence is measured on.
+        rows: that a layer's moment is taken over, as a multiple of its width m; all where it is None.
         memory: MiB that intermediate values may take.
         batch_size: inputs at a time.
         progress: show how far it is.
@@ -71,29 +74,32 @@ def compress(
     """
     if method not in ("compensated", *METHODS):
         raise InputError(f"there is no method {method!r} (compensated, {', '.join(METHODS)})")
+    if losses not in LOSSES:
+        raise InputError(f"there are no losses {losses!r} ({', '.join(LOSSES)})")
     kind, amount = _asked(params=params, flops=flops, latency=latency, epsilon=epsilon)
     goal = goal_of(network, search, score) if kind == "epsilon" else None
     inputs = inputs_of(calibration, network, "calibration")
     its, stay = standard(network, inputs[:1])
     if goal is not None:
         check_start(goal, its)
-    flows = flows_of(its, inputs, None, batch_size)
-    made = Compression(
-        its,
-        flows.moments,
-        inputs,
-        goal,
-        losses=losses,
-        loss_inputs=inputs[:loss_inputs],
-        memory=memory,
-        progress=progress,
-    )
-    left_whole = flows.left_out | stay | made.left_whole
-    if not made.layers:
-        raise InputError(f"no layer of the network can be put in two: {left_whole or 'it has none'}")
-    choices = _choices(made, kind, amount, method)
-    small = made.build(method, choices).network
-    _put_back(network, its, small, placed(inputs[:1], small), choices)
+    flows = flows_of(its, inputs, rows, batch_size)
+    with exchange.undisturbed(its):  # layers are made with random weights
+        made = Compression(
+            its,
+            flows.moments,
+            inputs,
+            goal,
+            losses=losses,
+            loss_inputs=inputs[:loss_inputs],
+            memory=memory,
+            progress=progress,
+        )
+        left_whole = flows.left_out | stay | made.left_whole
+        if not made.layers:
+            raise InputError(f"no layer of the network can be put in two: {left_whole or 'it has none'}")
+        choices = _choices(made, kind, amount, method)
+        small = made.build(method, choices).network
+        _put_back(network, its, small, placed(inputs[:1], small), choices)
     setattr(small, RECORD, _record(network, small, inputs[:1], {kind: amount}, method, choices, left_whole))
     return small
 
@@ -124,8 +130,7 @@ def _put_back(network: nn.Module, its: nn.Module, small: nn.Module, batch: Any, 
     """Give ``small`` back the modules of ``network`` that were made plain in vain: no part of them is in two."""
     names = [name for name in different(network, its) if not any(f"{at}.".startswith(f"{name}.") for at in choices)]
     old = {small.get_submodule(name): copy.deepcopy(network.get_submodule(name)).eval() for name in names}
-    with exchange.undisturbed(small):
-        exchange.put_where_same(small, old, batch, exchange.run(small, batch))
+    exchange.put_where_same(small, old, batch, exchange.run(small, batch))
 
 
 def _record(

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..networks import modules
+from ..networks.exchange import undisturbed
 from .given import InputError
 
 NAMES = {"params": "parameters", "flops": "FLOPs", "latency": "latency"}
@@ -53,8 +54,9 @@ def made(kind, how):
         return nn.Sequential(OrderedDict((name, made(*part)) for name, part in how.items()))
     return getattr({place}, kind)(**how)
 
+new = {{}}  # a module under two names stays one
 for name, part in json.load(open("layers.json")).items():
-    network.set_submodule(name, made(*part))
+    network.set_submodule(name, new.setdefault(network.get_submodule(name), made(*part)))
 network.load_state_dict(load_file("network.safetensors"))
 network.eval()
 """
@@ -165,16 +167,24 @@ def load(folder: str | Path, network: nn.Module) -> nn.Module:
     except (OSError, json.JSONDecodeError, SafetensorError) as error:
         raise InputError(f"{folder} is no folder of a smaller network ({error})") from None
     small = copy.deepcopy(network)
-    like = next(iter(small.parameters()), None)
+    new: dict[nn.Module, nn.Module] = {}  # a module under two names stays one
     try:
-        for name, part in layers.items():
-            small.set_submodule(name, made(*part))
+        with undisturbed(small):  # layers are made with random weights
+            for name, part in layers.items():
+                old = small.get_submodule(name)
+                small.set_submodule(name, new.setdefault(old, _like(old, made(*part))))
         small.load_state_dict(tensors)
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         why = "; ".join(textwrap.shorten(line, 200, placeholder=" ...") for line in str(error).splitlines()[:3])
         raise InputError(f"{folder} is of another network than {type(network).__name__}: {why}") from None
     setattr(small, RECORD, {**done, "layers": layers})
-    return (small if like is None else small.to(like)).eval()
+    return small.eval()
+
+
+def _like(old: nn.Module, new: nn.Module) -> nn.Module:
+    """The same ``new``, on the device and in the type of ``old``, and frozen where that is."""
+    its = next(old.parameters(), None)
+    return new if its is None else new.to(its).requires_grad_(its.requires_grad)
 
 
 def different(given: nn.Module, other: nn.Module) -> Iterator[str]:

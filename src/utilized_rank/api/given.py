@@ -46,9 +46,9 @@ def standard(network: nn.Module, batch: Any) -> tuple[nn.Module, dict[str, str]]
     return made, standardize(made, placed(batch, made))
 
 
-def line(error: BaseException) -> str:
-    """The first line of what an error says."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def line(told: object) -> str:
+    """The first line of what an error, or a value, says."""
+    return (str(told).strip().splitlines() or [type(told).__name__])[0]
 
 
 def inputs_of(data: Any, network: nn.Module, what: str) -> Batches:
@@ -84,20 +84,33 @@ def parts(data: Any, network: nn.Module, what: str) -> tuple[Batches, Tensor | N
         what: they are called in a message.
 
     Raises:
-        InputError: there is no batch.
+        InputError: there is no batch, or none of tensors that go together.
     """
     if isinstance(data, Labelled):
         return data.inputs, data.labels
-    if isinstance(data, Batches):
+    none = f"{what} gave no batch (an iterator can be read once only: give a list or a DataLoader)"
+    if isinstance(data, Batches) and not isinstance(data, str):
+        if not len(data):
+            raise InputError(none)
         return data, None
     takes_pairs = _needed(network) >= 2
     batches = [data] if isinstance(data, tuple | Mapping) else _read(data, what)
     pairs = [_divided(batch, takes_pairs) for batch in batches]
-    labels = [its for _, its in pairs if its is not None]
+    for its, _ in pairs:
+        if not any(isinstance(leaf, Tensor) for leaf in tree_leaves(its)):
+            raise InputError(f"{what} gives batches of {type(its).__name__}: a network is called with tensors")
     if not pairs or not count(pairs[0][0]):
-        raise InputError(f"{what} gave no batch (an iterator can be read once only: give a list or a DataLoader)")
-    inputs = pairs[0][0] if len(pairs) == 1 else [its for its, _ in pairs]
-    return gathered(inputs), torch.cat(labels) if len(labels) == len(pairs) else None
+        raise InputError(none)
+    try:
+        inputs = gathered(pairs[0][0] if len(pairs) == 1 else [its for its, _ in pairs])
+    except (RuntimeError, ValueError) as error:
+        raise InputError(f"batches of {what} do not go together (a pair is a tuple): {line(error)}") from None
+    labels = [its for _, its in pairs if its is not None]
+    if not labels or len(labels) < len(pairs):
+        return inputs, None
+    if sum(map(len, labels)) != len(inputs):
+        raise InputError(f"{what} gives {len(inputs)} inputs, and {sum(map(len, labels))} labels")
+    return inputs, torch.cat(labels).long()
 
 
 def _needed(network: nn.Module) -> int:
@@ -119,8 +132,10 @@ def _divided(batch: Any, takes_pairs: bool) -> tuple[Any, Tensor | None]:
         inputs = {name: value for name, value in batch.items() if name != "labels"}
         labels = batch.get("labels")
         return inputs, labels if _are_labels(labels) else None
-    if isinstance(batch, tuple | list) and len(batch) == 2 and not takes_pairs and _are_labels(batch[1]):
-        return batch[0], batch[1]
+    if isinstance(batch, tuple | list) and len(batch) == 2 and _are_labels(batch[1]):
+        inputs, labels = batch
+        if not (takes_pairs and isinstance(inputs, Tensor)):
+            return tuple(inputs) if isinstance(inputs, list) else inputs, labels
     if isinstance(batch, list):
         batch = tuple(batch)
     return (batch[0], None) if isinstance(batch, tuple) and len(batch) == 1 else (batch, None)
@@ -144,7 +159,7 @@ def checked(score: Score) -> Score:
         try:
             return float(value)
         except (TypeError, ValueError):
-            raise InputError(f"score gave {value!r}: it must give a number, the higher the better") from None
+            raise InputError(f"score gave {line(value)}: it must give a number, the higher the better") from None
 
     return number
 

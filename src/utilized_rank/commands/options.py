@@ -99,7 +99,7 @@ def compress(
     finetune_epochs: Epochs = 0,
     lr: Annotated[float, typer.Option(help="learning rate of that")] = 1e-3,
     device: Device = None,
-    images: Calibration = 2000,
+    images: Calibration = 1000,
     held_out: HeldOut = 10_000,
     onnx: Annotated[bool, typer.Option("--onnx", help="write network.onnx, too")] = False,
     export: Annotated[bool, typer.Option("--export", help="write network.pt2 (torch.export), too")] = False,

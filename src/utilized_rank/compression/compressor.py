@@ -20,7 +20,7 @@ from .compensation import Compensation
 from .costs import COSTS, Candidate, Choices, Costs, candidates
 from .decomposition import Decomposed
 from .losses import LOSSES, Losses
-from .lowrank import FORMS, Factors, Fit, Target, outputs_kept, projection, weight_kept
+from .lowrank import FORMS, METHODS, Factors, Fit, Target, outputs_kept, weight_kept
 from .pairs import factorized, form_of, indivisible, substitute
 from .policies import Budgets, Cumulative, Joint, independent, joint
 
@@ -179,9 +179,8 @@ class Compression:
         """How ``method`` fits a layer; arguments as in :meth:`_in_turn`."""
         if method == "compensated":
             return Compensation(self.network, small, self.inputs, self.memory).fit
-        if method == "projection":
-            return lambda layer: projection(self._target(layer, *dimensions[layer.name]))
-        return {"optimal": self._outputs_kept, "svd": weight_kept}[method]
+        quick: dict[str, Callable[[Layer], Fit]] = {"optimal": self._outputs_kept, "svd": weight_kept}  # no bases
+        return quick.get(method) or (lambda layer: METHODS[method](self._target(layer, *dimensions[layer.name])))
 
     def _target(self, layer: Layer, k_s: int, k_t: int) -> Target:
         its = self.moments[layer.name]

@@ -22,8 +22,6 @@ Choices = dict[str, Way]
 """Of each layer that is put in two, by name; the others stay whole."""
 POINTS = 7
 """Ranks of a layer at which the divergence and the latency are measured."""
-
-
 SECONDS = 0.03
 """For which the latency is measured, at each of them."""
 

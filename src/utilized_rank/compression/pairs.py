@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections import defaultdict
 from typing import Any, cast
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from ..networks.batches import call
 from ..networks.devices import placed
-from ..networks.exchange import undisturbed
+from ..networks.exchange import shared, undisturbed
 from ..ranks.layers import Layer, Weighted
 from .lowrank import Factors, patch_sizes
 
@@ -104,12 +103,8 @@ def indivisible(network: nn.Module, layers: list[Layer], batch: Any) -> dict[str
         layers: of it.
         batch: an example of what it is called with.
     """
-    owners: dict[int, list[str]] = defaultdict(list)
-    for name, module in network.named_modules():
-        for parameter in module.parameters(recurse=False):
-            owners[id(parameter)].append(name)
-    others = {layer.name: [n for n in owners[id(layer.module.weight)] if n != layer.name] for layer in layers}
-    why = {name: f"its weight is also that of {', '.join(shared)}" for name, shared in others.items() if shared}
+    others = shared(network, {layer.name: layer.module for layer in layers})
+    why = {name: f"its weight is also that of {', '.join(its)}" for name, its in others.items()}
     batch = placed(batch, network)
 
     def read(some: list[Layer]) -> list[Layer]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -20,6 +21,19 @@ def undisturbed(network: nn.Module) -> AbstractContextManager[None]:
     """Random numbers go on afterwards as if nothing had been drawn."""
     device = device_of(network)
     return torch.random.fork_rng([device] if device.type == "cuda" else [])
+
+
+def shared(network: nn.Module, modules: dict[str, nn.Module]) -> dict[str, list[str]]:
+    """Those of some modules whose parameters others have, too, and which: a copy of such a weight is one more."""
+    owners: dict[nn.Parameter, list[str]] = defaultdict(list)
+    for name, module in network.named_modules():
+        for parameter in module.parameters(recurse=False):
+            owners[parameter].append(name)
+    others = {
+        name: [of for its in module.parameters() for of in owners[its] if not f"{of}.".startswith(f"{name}.")]
+        for name, module in modules.items()
+    }
+    return {name: found for name, found in others.items() if found}
 
 
 def run(network: nn.Module, batch: Any) -> Any:

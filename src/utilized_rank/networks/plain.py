@@ -52,7 +52,8 @@ def plain(network: nn.Module, batch: Any) -> dict[str, str]:
     input. One with zeros around its input that no convolution has of its own becomes two modules, and the layer is
     the second, ``conv``. Each is replaced only if it was called with one tensor, multiplies it once, by the same weight
     for different inputs, and the plain layer then gives its outputs; all together only if the network then gives
-    its own. On the meta device, where there are no values, what is called decides alone.
+    its own. One whose parameters are another's, too, stays. On the meta device, where there are no values, what is
+    called decides alone.
 
     Depthwise convolutions are among them: torch.fx cannot trace through what asks for the size of an image. The inside
     of ``nn.MultiheadAttention`` is not: see :func:`utilized_rank.networks.attention.explicit`, which goes before.
@@ -77,6 +78,9 @@ def plain(network: nn.Module, batch: Any) -> dict[str, str]:
                 return {}
             expected, inputs = _called(network, batch, list(candidates.values()))
             made, stay = _layers(candidates, inputs)
+            for name, shared in exchange.shared(network, candidates).items():
+                if made.pop(candidates[name], None) is not None:
+                    stay[name] = _reason(candidates[name], f"its weight is also that of {', '.join(shared)}")
             for old, new in made.items():
                 new.train(modes[old])
             refused = exchange.put_where_same(network, made, batch, expected)

@@ -39,10 +39,11 @@ def source(store: Store, stage: str) -> Path:
 
 
 def strip_all(store: Store) -> None:
-    """Copy ``notebooks/`` into the study's data without outputs: saving one in Jupyter changes no stage."""
-    for path in sorted((store.root / "notebooks").glob("*.ipynb")):
-        notebook = stripped(nbformat.read(path, as_version=4))
-        write_text(store.data("notebooks", path.name), nbformat.writes(notebook))
+    """Copy the stages' notebooks into the study's data without outputs: saving one in Jupyter changes no stage."""
+    for stage in STAGES:
+        to = source(store, stage)
+        notebook = stripped(nbformat.read(store.root / "notebooks" / to.name, as_version=4))
+        write_text(to, nbformat.writes(notebook))
 
 
 def stripped(notebook: NotebookNode) -> NotebookNode:
