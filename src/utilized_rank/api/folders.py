@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import inspect
 import json
 import os
@@ -103,7 +104,8 @@ def write(small: nn.Module, folder: Path, network: str, imports: str, sources: t
     save_file(tensors, folder / WEIGHTS)
     (folder / WEIGHTS).chmod(0o644)
     _write_json(folder / LAYERS, done["layers"])
-    _write_json(folder / DONE, {key: value for key, value in done.items() if key != "layers"})
+    its_hash = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
+    _write_json(folder / DONE, {key: value for key, value in done.items() if key != "layers"} | {"sha256": its_hash})
     own = _own_kinds(done["layers"])
     for source in (*sources, *([Path(inspect.getfile(modules))] if own else [])):
         shutil.copy(source, folder)

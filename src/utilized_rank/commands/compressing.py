@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from ..api.compressing import Method, compress
-from ..api.folders import DONE, RECORD, check_free, load, new_folder, write
+from ..api.folders import DONE, RECORD, WEIGHTS, check_free, load, new_folder, write
 from ..api.given import InputError, line
+from ..base.files import file_hash
 from ..base.sections import StudyError
 from ..datasets.data import Dataset
 from ..networks import cost
@@ -67,7 +68,8 @@ def smaller(
         exported: write a file of ``torch.export``, too.
 
     Raises:
-        StudyError: what was named cannot be made smaller, or not so small.
+        StudyError: what was named cannot be made smaller, or not so small; or it was, but a further file cannot be
+            written.
         InputError: likewise.
     """
     check_free(out)
@@ -93,13 +95,18 @@ def smaller(
     done["latency"] = _latency(network, small, dataset)
     done["finetuned"] = {"epochs": epochs, "lr": lr, "distillation": 0.5} if epochs else None
     done["provenance"] = provenance(model, checkpoint, folder, its.preparation, device)
+    sample, failed = dataset.inputs("test")[:2], []
+    further = {"onnx": (onnx, _onnx, ONNX), "export": (exported, _exported, EXPORTED)}
     with new_folder(out) as partial:
-        sample = dataset.inputs("test")[:2]
-        if onnx:
-            done["onnx"] = _onnx(small, sample, partial / ONNX)
-        if exported:
-            done["export"] = _exported(small, sample, partial / EXPORTED)
+        for kind, (is_asked, make, name) in further.items():
+            try:
+                done |= {kind: make(small, sample, partial / name)} if is_asked else {}
+            except StudyError as error:  # what was computed is kept
+                (partial / name).unlink(missing_ok=True)
+                failed.append(str(error))
         write(small, partial, its.expression, its.imports, its.sources, about(done, its))
+    if failed:
+        raise StudyError(f"written: {out}, but {'; '.join(failed)}")
     return "\n".join([*_lines(done), f"written: {out}"])
 
 
@@ -231,6 +238,8 @@ def checked(out: Path, model: str | None, folder: Path | None, device: torch.dev
     if name is None:
         raise StudyError(f"{out} does not say what network it was made of: name it with --model")
     its = named(name, None, origin.get("images", {}), done.get("classes", 1000))
+    if "sha256" in done and file_hash(out / WEIGHTS) != done["sha256"]:
+        raise StudyError(f"{out / WEIGHTS} is not the file that was written: its SHA-256 is another")
     small = load(out, its.network).to(device)
     held = cost.parameters(small)
     if held != done["parameters"][1]:

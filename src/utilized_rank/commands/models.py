@@ -100,7 +100,8 @@ def _of_function(name: str, prepared: dict[str, Any]) -> Named:
     place, _, function = name.partition(":")
     sys.path.insert(0, str(Path.cwd()))
     try:
-        network = getattr(importlib.import_module(place), function)()
+        module = importlib.import_module(place)
+        network = getattr(module, function)()
     except Exception as error:  # the user's own code
         raise StudyError(
             f"{name} cannot be made ({line(error)}): name a function without arguments, of a module that Python "
@@ -111,7 +112,9 @@ def _of_function(name: str, prepared: dict[str, Any]) -> Named:
     if not isinstance(network, nn.Module):
         raise StudyError(f"{name} gives no torch.nn.Module, but {type(network).__name__}")
     preparation = Preparation(**({"side": 224} | prepared))
-    return Named(name, network, preparation, f"{function}()", f"from {place} import {function}")
+    # A file of its own goes along; a package has to be installed.
+    sources = (Path(str(module.__file__)),) if "." not in place and not hasattr(module, "__path__") else ()
+    return Named(name, network, preparation, f"{function}()", f"from {place} import {function}", sources)
 
 
 def _of_library(name: str, tensors: dict[str, Tensor] | None, prepared: dict[str, Any], classes: int | None) -> Named:

@@ -10,7 +10,7 @@ from ..base.sections import StudyError
 from .data import Dataset
 from .images import Split, array
 from .sections import Data
-from .sources import class_names, listed, test_folder
+from .sources import check_same_classes, class_names, listed, test_folder
 
 HELD = 2 * 2**30
 """Bytes of decoded images that are kept; more are decoded whenever they are asked for."""
@@ -34,7 +34,8 @@ def of_folder(
         seed: of the draw.
 
     Raises:
-        StudyError: the folder is not there, has fewer than two classes, or a class without images.
+        StudyError: the folder is not there, has fewer than two classes, a class without images, or test images of
+            other classes.
     """
     folder = Path(data.dataset)
     if not folder.is_dir():
@@ -44,6 +45,7 @@ def of_folder(
     own = test_folder(folder) if first != folder else None
     images = _shuffled(listed(data, first, classes), seed)
     if own is not None:
+        check_same_classes(own, first)
         given, others = images, _shuffled(listed(data, own, classes), seed)
     else:
         rows = torch.arange(len(images))

@@ -133,10 +133,8 @@ def _image_folder(data: Data, folder: Path) -> Source:
         raise StudyError(f"{folder} is no image folder: it needs train/, with one directory of images for each class")
     classes = class_names(folder / "train")
     own = test_folder(folder)
-    if own is not None and (others := sorted(set(_directories(own)) ^ set(classes))):
-        raise StudyError(
-            f"{own} and {folder / 'train'} do not have the same classes: only one of them has {', '.join(others[:5])}"
-        )
+    if own is not None:
+        check_same_classes(own, folder / "train")
     train, test = (None if part is None else listed(data, part, classes) for part in (folder / "train", own))
     assert train is not None
     return Source(_kept(train), None if test is None else _kept(test), classes)
@@ -157,6 +155,18 @@ def class_names(folder: Path) -> list[str]:
     if len(classes) < 2:
         raise StudyError(f"{folder} has {len(classes)} directories: each is a class, and two are needed")
     return classes
+
+
+def check_same_classes(one: Path, other: Path) -> None:
+    """Refuse two folders of one data set that do not have the same directories.
+
+    Raises:
+        StudyError: they have not.
+    """
+    if others := sorted(set(_directories(one)) ^ set(_directories(other))):
+        raise StudyError(
+            f"{one} and {other} do not have the same classes: only one of them has {', '.join(others[:5])}"
+        )
 
 
 def _directories(folder: Path) -> list[str]:
