@@ -9,7 +9,7 @@ BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export DVC_NO_ANALYTICS := 1
 
-.PHONY: repro test test-large test-gpu test-oldest bench lint lock dist clean
+.PHONY: repro test test-large test-gpu test-oldest bench docs lint lock dist clean
 repro: .venv/ready
 	$(if $(STUDY),$(BIN)/utilized-rank study $(STUDY))
 	$(BIN)/dvc repro $(patsubst %,reports/%/dvc.yaml,$(filter-out digits,$(STUDY)))
@@ -34,6 +34,10 @@ test-oldest: .venv-oldest/ready
 # Threads that wait spin briefly, as in the stages.
 bench: .venv/ready
 	GOMP_SPINCOUNT=3000 $(BIN)/python -m benchmarks $(ONLY)
+
+# The guide and reference, into site/: its examples run, and a warning is an error (with --quiet mkdocs would count none).
+docs: .venv/ready
+	NO_MKDOCS_2_WARNING=1 OMP_NUM_THREADS=1 $(BIN)/mkdocs build --strict
 
 lint: .venv/ready
 	$(BIN)/ruff check .
@@ -62,4 +66,4 @@ dist: .venv/ready
 	$(BIN)/python tests/installed.py dist/*.whl
 
 clean:
-	rm -rf .venv .venv-oldest dist
+	rm -rf .venv .venv-oldest dist site
