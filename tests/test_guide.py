@@ -136,9 +136,8 @@ def test_the_tutorial_runs(tmp_path):
     notebook.write_bytes((ROOT / "notebooks/your_network.ipynb").read_bytes())
     words = ["--nbval-lax", "--nbval-current-env", "-q", "-p", "no:cacheprovider", "--rootdir", ".", notebook.name]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", *words], cwd=tmp_path, env=env, text=True, capture_output=True
-    )
+    words = [sys.executable, "-m", "pytest", *words]
+    done = subprocess.run(words, cwd=tmp_path, env=env, text=True, capture_output=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     cells = nbformat.read(notebook, as_version=4).cells
     assert f"{sum(cell.cell_type == 'code' for cell in cells)} passed" in done.stdout

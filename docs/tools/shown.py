@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import shlex
-from collections.abc import Callable
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -68,9 +67,10 @@ def run(line: str, folder: Path = ROOT) -> str:
     return "\n".join(row.rstrip() for row in done.stdout.strip().splitlines())
 
 
-def console(*lines: str, folder: Path = ROOT, words: Callable[[str], str] = str) -> str:
-    """Lines of the command with what each prints, as a block of Markdown."""
-    shown = [f"$ {line}\n{words(run(line, folder))}" for line in lines]
+def console(*lines: str, folder: Path = ROOT) -> str:
+    """Lines of the command, broken at two blanks, with what each prints, as a block of Markdown."""
+    broken = [line.replace("  ", " \\\n    ") for line in lines]
+    shown = [f"$ {line}\n{run(its, folder)}\n" for line, its in zip(broken, lines, strict=True)]
     return "\n".join(["```console", *shown, "```"])
 
 
@@ -101,8 +101,8 @@ def pictures(found: pd.DataFrame, at: int) -> str:
     before, after = layer.m * layer.n, layer.r * (layer.m + layer.n)
     left = (
         f"The weight of <code>{layer.layer}</code>, to scale, in the bases of the principal directions of its inputs "
-        f"and outputs: W′ = P<sub>S</sub> W P<sub>T</sub> leaves the blue corner. As two layers of rank {layer.r} it has "
-        f"{after / before:.0%} of its weights."
+        f"and outputs: W′ = P<sub>S</sub> W P<sub>T</sub> leaves the blue corner. As two layers of rank {layer.r} "
+        f"it has {after / before:.0%} of its weights."
     )
     right = (
         "Every layer of the network: blue, the part r / min(m, n) of its rank that it uses. "
@@ -155,7 +155,8 @@ def _layers(found: pd.DataFrame) -> str:
         f'<text class="quiet" x="{left + whole + 8}" y="{y + step / 2 + 1}">{row.r} of {min(row.m, row.n)}</text>'
         for row, y in zip(found.itertuples(), (40 + step * i for i in range(len(found))), strict=True)
     ]
-    return f"""<svg viewBox="0 0 360 330" role="img" aria-label="Utilization of every layer, with numbers beside the bars">
+    told = "Utilization of every layer, with numbers beside the bars"
+    return f"""<svg viewBox="0 0 360 330" role="img" aria-label="{told}">
 <text x="{left}" y="16">utilization, layer by layer</text>
 {"".join(rows)}
 <path class="line" stroke-dasharray="4 3" d="M{mean} 30 V{bottom + 8}"/>
