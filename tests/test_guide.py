@@ -18,6 +18,7 @@ from running import README
 from utilized_rank.base.store import Store
 from utilized_rank.compression import lowrank
 from utilized_rank.compression.decomposition import Decomposition
+from utilized_rank.networks.evaluation import Labelled
 from utilized_rank.ranks.measure import measure
 from utilized_rank.report.figures import style
 from utilized_rank.stages.notebooks import STAGES, strip_all
@@ -81,7 +82,7 @@ def test_own_method_goes_through_decomposition_budgets_and_searches(example):
         before, after = own.utilized_rank["parameters"]
         assert after <= 0.3 * before
         assert scope["accuracy"](own, scope["test"]) > 80
-        found = measure(network, scope["ur"].measure.__globals__["labelled"](search, network, "search"), images, [1.0])
+        found = measure(network, Labelled(*search), images, [1.0])
         made = Decomposition(network, found.layers, found.moments, images[:2]).build("scaled", 1.0)
         assert made.forms
         assert scope["accuracy"](made.network, scope["test"]) > 50
@@ -121,7 +122,7 @@ def test_a_failing_example_stops_the_build(tmp_path):
         assert done.returncode == status, done.stderr
 
 
-def test_every_page_is_in_the_guide_and_asks_no_other_host():
+def test_every_page_is_in_the_guide_and_what_they_share_asks_no_other_host():
     config = (ROOT / "mkdocs.yml").read_text()
     pages = {path.name for path in DOCS.glob("*.md")}
     assert pages <= set(re.findall(r"\w+\.md", config))
