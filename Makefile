@@ -9,7 +9,7 @@ BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export DVC_NO_ANALYTICS := 1
 
-.PHONY: repro test test-large test-networks test-gpu test-oldest bench language-model lint lock dist clean
+.PHONY: repro test test-large test-networks test-gpu test-oldest bench language-model docs lint lock dist clean
 repro: .venv/ready
 	$(if $(STUDY),$(BIN)/utilized-rank study $(STUDY))
 	$(BIN)/dvc repro $(patsubst %,reports/%/dvc.yaml,$(filter-out digits,$(STUDY)))
@@ -46,6 +46,10 @@ bench: .venv/ready
 language-model: .venv/ready
 	$(BIN)/python -m examples.language_model
 
+# The guide and reference, into site/: its examples run, and a warning is an error (with --quiet mkdocs would count none).
+docs: .venv/ready
+	NO_MKDOCS_2_WARNING=1 OMP_NUM_THREADS=1 $(BIN)/mkdocs build --strict
+
 lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -73,4 +77,4 @@ dist: .venv/ready
 	$(BIN)/python tests/installed.py dist/*.whl
 
 clean:
-	rm -rf .venv .venv-oldest dist
+	rm -rf .venv .venv-oldest dist site

@@ -11,6 +11,7 @@ from ruamel.yaml import YAML
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "utilized_rank"
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+TUTORIAL = ROOT / "notebooks" / "your_network.ipynb"
 
 # The rooms: each uses those before it. The library comes first, so that it knows nothing of a study.
 LIBRARY = ["networks", "ranks", "compression"]
@@ -100,7 +101,7 @@ def test_a_notebook_is_bare_and_holds_no_logic(path):
 STAGES = YAML(typ="safe").load((ROOT / "dvc.yaml").read_text())["stages"]
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", [path for path in NOTEBOOKS if path != TUTORIAL], ids=lambda p: p.stem)
 def test_a_stage_depends_on_every_module_that_its_notebook_uses_and_on_no_other(path):
     stage = STAGES[path.stem.partition("_")[2]]
     deps = stage.get("do", stage)["deps"]
@@ -110,6 +111,12 @@ def test_a_stage_depends_on_every_module_that_its_notebook_uses_and_on_no_other(
     covered = {dep: {module for module in used if module.is_relative_to(dep)} for dep in declared}
     assert set().union(*covered.values()) == used
     assert all(covered.values()), "it depends on what it does not use"
+
+
+def test_the_tutorial_is_no_stage_and_none_depends_on_it():
+    assert TUTORIAL in NOTEBOOKS
+    assert TUTORIAL.relative_to(ROOT).as_posix() in (ROOT / ".dvcignore").read_text().splitlines()
+    assert TUTORIAL.name not in (ROOT / "dvc.yaml").read_text()
 
 
 @pytest.mark.parametrize("name", STAGES)

@@ -21,13 +21,16 @@ if (location.protocol === "file:")
       this.inner.document.write(`<body><script>${start}<\/script><script src="${url}"><\/script></body>`);
       this.inner.document.close();
       frame.addEventListener("load", () => {
-        this.waiting.forEach((data) => this.inner.postMessage(data, "*"));
+        this.waiting.forEach((data) => this.tell(data));
         this.waiting = null;
       });
     }
     postMessage(data) {
       if (this.waiting) this.waiting.push(data);
-      else this.inner.postMessage(data, "*");
+      else this.tell(data);
+    }
+    tell(data) {
+      this.inner.dispatchEvent(new MessageEvent("message", { data }));
     }
     terminate() {}
   };

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import shlex
-from collections.abc import Callable
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -69,9 +67,10 @@ def run(line: str, folder: Path = ROOT) -> str:
     return "\n".join(row.rstrip() for row in done.stdout.strip().splitlines())
 
 
-def console(*lines: str, folder: Path = ROOT, words: Callable[[str], str] = str) -> str:
-    """Lines of the command with what each prints, as a block of Markdown."""
-    shown = [f"$ {line}\n{words(run(line, folder))}" for line in lines]
+def console(*lines: str, folder: Path = ROOT) -> str:
+    """Lines of the command, broken at two blanks, with what each prints, as a block of Markdown."""
+    broken = [line.replace("  ", " \\\n    ") for line in lines]
+    shown = [f"$ {line}\n{run(its, folder)}\n" for line, its in zip(broken, lines, strict=True)]
     return "\n".join(["```console", *shown, "```"])
 
 
@@ -101,9 +100,9 @@ def pictures(found: pd.DataFrame, at: int) -> str:
     layer = found.iloc[at]
     before, after = layer.m * layer.n, layer.r * (layer.m + layer.n)
     left = (
-        f"The weight of <code>{layer.layer}</code>, to scale, in the bases of the principal directions of its inputs and "
-        f"outputs: W′ = P<sub>S</sub> W P<sub>T</sub> leaves the blue corner. As two layers of rank {layer.r} it has "
-        f"{after / before:.0%} of its weights."
+        f"The weight of <code>{layer.layer}</code>, to scale, in the bases of the principal directions of its inputs "
+        f"and outputs: W′ = P<sub>S</sub> W P<sub>T</sub> leaves the blue corner. As two layers of rank {layer.r} "
+        f"it has {after / before:.0%} of its weights."
     )
     right = (
         "Every layer of the network: blue, the part r / min(m, n) of its rank that it uses. "
@@ -121,18 +120,21 @@ def _weight(layer: Any) -> str:
     x, y, first = 64, 48, 240
     second = first + r + 10
     end = x + n
+    middle = y + m / 2
+    sub = '<tspan dy="3" font-size="9">{}</tspan><tspan dy="-3"> = {}</tspan>'
     told = f"Weight of {layer.m} by {layer.n}, of which a corner of {layer.k_s} by {layer.k_t} is used"
     return f"""<svg viewBox="0 0 360 330" role="img" aria-label="{told}">
 <text x="{x + n / 2}" y="16" text-anchor="middle">W</text>
 <text class="quiet" x="{x + n / 2}" y="40" text-anchor="middle">n = {layer.n}</text>
-<text class="quiet" x="{x - 10}" y="{y + m / 2}" text-anchor="middle" transform="rotate(-90 {x - 10} {y + m / 2})">m = {layer.m:,}</text>
+<g transform="rotate(-90 {x - 10} {middle})">
+<text class="quiet" x="{x - 10}" y="{middle}" text-anchor="middle">m = {layer.m:,}</text></g>
 <rect class="unused" x="{x}" y="{y}" width="{n}" height="{m}"/>
 <rect class="used" x="{x}" y="{y}" width="{k_t}" height="{k_s}"/>
 <path class="line" d="M{x + k_t + 2} {y + k_s / 2} H{end + 10}"/>
-<text x="{end + 14}" y="{y + k_s / 2 + 1}">k<tspan dy="3" font-size="9">S</tspan><tspan dy="-3"> = {layer.k_s}</tspan></text>
-<text x="{end + 14}" y="{y + k_s / 2 + 18}">k<tspan dy="3" font-size="9">T</tspan><tspan dy="-3"> = {layer.k_t}</tspan></text>
+<text x="{end + 14}" y="{y + k_s / 2 + 1}">k{sub.format("S", layer.k_s)}</text>
+<text x="{end + 14}" y="{y + k_s / 2 + 18}">k{sub.format("T", layer.k_t)}</text>
 <text x="{end + 14}" y="{y + k_s / 2 + 38}">r = {layer.r}</text>
-<path class="line" d="M{end + 24} {y + m / 2} H{first - 28} m-7 -5 l7 5 l-7 5"/>
+<path class="line" d="M{end + 24} {middle} H{first - 28} m-7 -5 l7 5 l-7 5"/>
 <text x="{first}" y="16">two layers</text>
 <rect class="used" x="{first}" y="{y}" width="{r}" height="{m}"/>
 <rect class="used" x="{second}" y="{y}" width="{n}" height="{r}"/>
@@ -153,7 +155,8 @@ def _layers(found: pd.DataFrame) -> str:
         f'<text class="quiet" x="{left + whole + 8}" y="{y + step / 2 + 1}">{row.r} of {min(row.m, row.n)}</text>'
         for row, y in zip(found.itertuples(), (40 + step * i for i in range(len(found))), strict=True)
     ]
-    return f"""<svg viewBox="0 0 360 330" role="img" aria-label="Utilization of every layer; numbers stand beside the bars">
+    told = "Utilization of every layer, with numbers beside the bars"
+    return f"""<svg viewBox="0 0 360 330" role="img" aria-label="{told}">
 <text x="{left}" y="16">utilization, layer by layer</text>
 {"".join(rows)}
 <path class="line" stroke-dasharray="4 3" d="M{mean} 30 V{bottom + 8}"/>
