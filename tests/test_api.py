@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import utilized_rank as ur
 from utilized_rank.api import folders
+from utilized_rank.base.files import file_hash
 from utilized_rank.networks.batches import gathered
 from utilized_rank.networks.evaluation import Labelled, outputs
 from utilized_rank.ranks import measure as library
@@ -317,6 +318,7 @@ def test_a_folder_says_what_was_done_and_is_loaded_with_that(network, small, ima
         "network.safetensors",
     ]
     done = json.loads((folder / "compression.json").read_text())
+    assert done.pop("sha256") == file_hash(folder / "network.safetensors")
     assert done == {name: told for name, told in small.utilized_rank.items() if name != "layers"}
     assert load_file(folder / "network.safetensors").keys() == small.state_dict().keys()
     assert "Of six features." in (folder / "README.md").read_text()

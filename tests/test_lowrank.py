@@ -257,31 +257,20 @@ def test_at_full_rank_the_factorized_network_is_the_original(make, images, metho
     assert all(isinstance(small.get_submodule(layer.name), nn.Sequential) for layer in layers)
 
 
-def test_whoever_asks_two_layers_for_a_weight_gets_that_of_the_one_that_computes_the_same(convolution, maps):
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
+def test_two_layers_are_torch_s_own_and_script(convolution, maps):
     for form in forms_of(Layer("conv", convolution)):
         two = pair(convolution, form, 2, convolution.bias is not None)
-        one = copy.deepcopy(convolution)
-        assert two.weight.shape == one.weight.shape
-        with torch.no_grad():
-            one.weight.copy_(two.weight)
-            if one.bias is not None:
-                one.bias.copy_(two.bias)
-        torch.testing.assert_close(one(maps), two(maps), rtol=0, atol=1e-5)
-        for name in ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups"):
-            assert getattr(two, name) == getattr(one, name)
+        assert [type(part) for part in (two, *two)] == [nn.Sequential, nn.Conv2d, nn.Conv2d]
+        torch.testing.assert_close(torch.jit.script(two)(maps), two(maps))
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
-def test_two_linear_layers_answer_for_the_one_and_have_no_weights_beside_their_own(generator):
-    linear = nn.Linear(6, 9)
-    two = pair(linear, "channel", 2, True)
-    tokens = torch.randn(2, 5, 6, generator=generator)
-    torch.testing.assert_close(nn.functional.linear(tokens, two.weight, two.bias), two(tokens))
-    assert (two.in_features, two.out_features) == (6, 9)
-    assert list(two.state_dict()) == ["0.weight", "1.weight", "1.bias"]
-    assert torch.equal(copy.deepcopy(two).weight, two.weight)
-    scripted = torch.jit.script(two)
-    torch.testing.assert_close(scripted(tokens), two(tokens))
+def test_two_layers_are_frozen_where_the_one_is():
+    case = make_case()
+    for learned in (True, False):
+        case.target.layer.module.weight.requires_grad_(learned)
+        two = factorized(case.target.layer, cut("svd", case.at(2)))
+        assert {parameter.requires_grad for parameter in two.parameters()} == {learned}
 
 
 def test_two_layers_share_no_memory_with_the_one():

@@ -179,6 +179,7 @@ def load(folder: str | Path, network: nn.Module) -> nn.Module:
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         why = "; ".join(textwrap.shorten(line, 200, placeholder=" ...") for line in str(error).splitlines()[:3])
         raise InputError(f"{folder} is of another network than {type(network).__name__}: {why}") from None
+    done.pop("sha256", None)  # of that file, not of the network
     setattr(small, RECORD, {**done, "layers": layers})
     return small.eval()
 
