@@ -36,6 +36,7 @@ from utilized_rank.training.sections import Model
 
 COLOURS = {"blue": (30, 60, 200), "green": (40, 180, 60), "red": (210, 50, 40)}
 TRAIN, TEST = 16, 12
+BICUBIC = {"interpolation": "bicubic"}
 NETS = """
 import torch
 from torch import nn
@@ -221,7 +222,9 @@ def test_a_measured_number_says_what_it_came_from(call, tmp_path):
     origin = record["provenance"]
     assert record["calibration"] == 9
     assert (origin["model"], origin["checkpoint"], origin["data"]) == ("nets:small", "small.pth", "data")
-    assert origin["images"] == {"side": 32, "crop": 1.0, "mean": list(IMAGENET[0]), "std": list(IMAGENET[1])}
+    assert origin["images"] == {"side": 32, "crop": 1.0, "mean": list(IMAGENET[0]), "std": list(IMAGENET[1])} | {
+        "interpolation": "bicubic"
+    }
     assert origin["versions"]["torch"] == version("torch")
     assert origin["device"] == "cpu"
 
@@ -270,8 +273,8 @@ PREPARED = {
     "timm/test_vit": Preparation(160, 0.95, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
     "timm/vit_tiny_patch16_224": Preparation(224, 0.9, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
     "timm/resnet18.a1_in1k": Preparation(224, 0.95, *IMAGENET),
-    "torchvision/shufflenet_v2_x0_5": Preparation(224, 224 / 256, *IMAGENET),
-    "torchvision/mobilenet_v2": Preparation(224, 224 / 232, *IMAGENET),
+    "torchvision/shufflenet_v2_x0_5": Preparation(224, 224 / 256, *IMAGENET, "bilinear"),
+    "torchvision/mobilenet_v2": Preparation(224, 224 / 232, *IMAGENET, "bilinear"),
     "resnet20": Preparation(32, 1.0, *IMAGENET),
 }
 
@@ -289,7 +292,9 @@ def test_what_is_said_of_the_preparation_comes_first(call, tmp_path):
     said = ("--image-size", 40, "--crop", 0.5, "--mean", "0.1,0.2,0.3", "--std", "1, 2, 3")
     done(call("measure", *SMALL[:-2], *said, "--out", tmp_path / "out"))
     origin = json.loads((tmp_path / "out" / "utilization.json").read_text())["provenance"]
-    assert origin["images"] == {"side": 40, "crop": 0.5, "mean": [0.1, 0.2, 0.3], "std": [1, 2, 3]}
+    assert origin["images"] == {"side": 40, "crop": 0.5, "mean": [0.1, 0.2, 0.3], "std": [1, 2, 3]} | {
+        "interpolation": "bicubic"
+    }
 
 
 RESNETS = {"resnet20": 0.27, "resnet32": 0.46, "resnet44": 0.66, "resnet56": 0.85, "resnet110": 1.7}

@@ -99,7 +99,7 @@ def test_files_are_saved_by_name_and_found_again_when_the_project_moves(image_fo
     project = tmp_path / "here" / "project"
     image_folder(folder="here/project/data/raw/fruit", apple=9, pear=8, plum=8)
     image_folder("test", folder="here/project/data/raw/fruit", apple=2, pear=1, plum=1)
-    how = LARGE.model_copy(update={"test": None, "crop": 0.75, "workers": 1})
+    how = LARGE.model_copy(update={"test": None, "crop": 0.75, "interpolation": "bilinear", "workers": 1})
     dataset, _ = prepare.build(how, 0, project)
     store = Store("mine", project)
     data.save(dataset, store)

@@ -95,6 +95,15 @@ def test_an_image_lies_as_its_exif_orientation_says(tmp_path, orientation):
     np.testing.assert_array_equal(decoded(tmp_path / "a.png", 20, 1.0).permute(1, 2, 0), pixels)
 
 
+def test_an_image_is_resized_as_it_is_said(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 20, 3)).astype(np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    for name in ("bicubic", "bilinear", "lanczos"):
+        expected = Image.fromarray(pixels).resize((10, 10), Image.Resampling[name.upper()])
+        found = decoded(tmp_path / "a.png", 10, 1.0, name).permute(1, 2, 0)
+        np.testing.assert_array_equal(found, np.asarray(expected))
+
+
 @settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(side=st.integers(8, 24), around=st.integers(0, 5), longer=st.integers(0, 9), wide=st.booleans())
 def test_the_centre_of_the_shorter_side_is_kept_to_the_bit_where_it_has_the_wanted_size(

@@ -207,8 +207,9 @@ def about(done: dict[str, Any], its: Named) -> str:
     lines = [f"Made of `{its.name}`. The interval is of paired differences (Agresti and Min 2005).", "", "```"]
     lines += [*_lines(done), "```", ""]
     lines += [
-        f"Images: {how.side} x {how.side} pixels of the middle {how.crop:.1%} of the shorter side, scaled to [0, 1], "
-        f"less {tuple(how.mean)}, over {tuple(how.std)}. On {origin['device']}, torch {origin['versions']['torch']}."
+        f"Images: {how.side} x {how.side} pixels of the middle {how.crop:.1%} of the shorter side, "
+        f"{how.interpolation}, scaled to [0, 1], less {tuple(how.mean)}, over {tuple(how.std)}.",
+        f"On {origin['device']}, torch {origin['versions']['torch']}.",
     ]
     files = {"onnx": (ONNX, "onnxruntime"), "export": (EXPORTED, "torch.export")}
     lines += [

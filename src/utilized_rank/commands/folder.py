@@ -22,7 +22,8 @@ def images(
     folder: Path, how: Preparation, device: torch.device, *, train: int | None, held_out: int, halves: bool
 ) -> Dataset:
     """The images of a folder, on a device; arguments as of :func:`utilized_rank.datasets.folders.of_folder`."""
-    data = Data(source="folder", dataset=str(folder), image_size=how.side, crop=how.crop)
+    sizes: dict[str, Any] = {"image_size": how.side, "crop": how.crop, "interpolation": how.interpolation}
+    data = Data(source="folder", dataset=str(folder), **sizes)
     its = of_folder(data, list(how.mean), list(how.std), train=train, held_out=held_out, halves=halves, seed=SEED)
     return its.on(device)
 

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..api.given import line
 from ..base.sections import StudyError, suggestion
 from ..datasets.images import CHANNELS
+from ..datasets.sections import Interpolation
 from ..networks.devices import placed
 from ..networks.evaluation import logits_of
 from ..training import architectures, models
@@ -39,6 +40,8 @@ class Preparation:
     mean: tuple[float, ...] = IMAGENET[0]
     """Of each channel, in [0, 1]."""
     std: tuple[float, ...] = IMAGENET[1]
+    interpolation: Interpolation = "bicubic"
+    """How it is resized."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +153,9 @@ def _timm(name: str) -> dict[str, Any]:
     if cfg is None:  # not theirs, which is said later
         return {"side": 224}
     found = resolve_data_config(pretrained_cfg=cfg.to_dict())
-    return {"side": found["input_size"][-1], "crop": found["crop_pct"], "mean": found["mean"], "std": found["std"]}
+    resized = found["interpolation"] if found["interpolation"] in get_args(Interpolation) else "bicubic"
+    sizes = {"side": found["input_size"][-1], "crop": found["crop_pct"], "interpolation": resized}
+    return sizes | {"mean": found["mean"], "std": found["std"]}
 
 
 def _torchvision(name: str) -> dict[str, Any]:
@@ -161,7 +166,8 @@ def _torchvision(name: str) -> dict[str, Any]:
         (side,), (resized,) = its.crop_size, its.resize_size
     except (ValueError, AttributeError):  # not theirs, which is said later; or not for classification
         return {"side": 224}
-    return {"side": side, "crop": min(1.0, side / resized), "mean": tuple(its.mean), "std": tuple(its.std)}
+    sizes = {"side": side, "crop": min(1.0, side / resized), "interpolation": its.interpolation.value}
+    return sizes | {"mean": tuple(its.mean), "std": tuple(its.std)}
 
 
 def _own(name: str, tensors: dict[str, Tensor] | None, prepared: dict[str, Any], classes: int | None) -> Named:

@@ -134,7 +134,7 @@ def save(dataset: Dataset, store: Store) -> None:
         folder = files.root.absolute()
         # From the project's root, so that the file is the same wherever that lies.
         where = folder.relative_to(root) if folder.is_relative_to(root) else folder
-        described["files"][name] = [where.as_posix(), files.side, files.crop, files.workers]
+        described["files"][name] = [where.as_posix(), files.side, files.crop, files.workers, files.interpolation]
     write_tensors(path(store), tensors, described)
 
 

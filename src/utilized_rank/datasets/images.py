@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,6 +30,8 @@ class Files:
     """Part of the shorter side that is kept, around the centre."""
     workers: int = 0
     """Processes that decode ahead; 0 decodes in this one."""
+    interpolation: str = "bicubic"
+    """How each is resized, by the name of PIL."""
 
     def __len__(self) -> int:
         return len(self.names)
@@ -46,12 +48,12 @@ class Files:
             StudyError: a file is no image, or only a part of one; names it.
         """
         names = self.names[which] if isinstance(which, slice) else [self.names[i] for i in which.tolist()]
-        images = [decoded(self.root / name, self.side, self.crop) for name in names]
+        images = [decoded(self.root / name, self.side, self.crop, self.interpolation) for name in names]
         return torch.stack(images) if images else torch.empty(0, *self.shape[1:], dtype=torch.uint8)
 
     def part(self, which: Tensor) -> Files:
         """Some of them, not decoded."""
-        return Files(self.root, [self.names[i] for i in which.tolist()], self.side, self.crop, self.workers)
+        return replace(self, names=[self.names[i] for i in which.tolist()])
 
 
 Images = Tensor | Files
@@ -141,7 +143,7 @@ def array(images: Images, batch_size: int = 256) -> Tensor:
     return result
 
 
-def decoded(path: Path, side: int, crop: float) -> Tensor:
+def decoded(path: Path, side: int, crop: float, interpolation: str = "bicubic") -> Tensor:
     """One image file as uint8 (3, side, side): upright, opaque on white, its shorter side filled, its centre cut out.
 
     Raises:
@@ -158,7 +160,7 @@ def decoded(path: Path, side: int, crop: float) -> Tensor:
     kept = crop * min(width, height)
     left, top = (width - kept) / 2, (height - kept) / 2
     box = (left, top, left + kept, top + kept)
-    image = image.resize((side, side), Image.Resampling.BICUBIC, box, reducing_gap=3)
+    image = image.resize((side, side), Image.Resampling[interpolation.upper()], box, reducing_gap=3)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 

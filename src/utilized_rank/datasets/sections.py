@@ -8,6 +8,8 @@ from pydantic import Field, model_validator
 
 from ..base.sections import Amount, Positive, Section, suggestion
 
+Interpolation = Literal["bicubic", "bilinear", "lanczos"]
+
 
 class Data(Section):
     """Which images, at which size, and how they are split."""
@@ -19,6 +21,8 @@ class Data(Section):
     """Pixels on a side, to which every image is brought."""
     crop: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Part of the shorter side that is kept, around the centre (folder)."""
+    interpolation: Interpolation = "bicubic"
+    """How each is resized (folder)."""
     search: Amount = 0.2
     """Images held out of training for the rank search: how many, or which part of those that can be split."""
     test: Amount | None = None

@@ -191,7 +191,8 @@ def listed(data: Data, folder: Path, classes: list[str]) -> Split:
             raise StudyError(f"{folder / name} has no image ({', '.join(EXTENSIONS)})")
         names += [path.relative_to(folder).as_posix() for path in files]
         labels += [label] * len(files)
-    return Split(Files(folder, names, data.image_size, data.crop, data.workers), torch.tensor(labels))
+    images = Files(folder, names, data.image_size, data.crop, data.workers, data.interpolation)
+    return Split(images, torch.tensor(labels))
 
 
 def _kept(split: Split) -> Split:
