@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
+from utilized_rank.report.figures.frontier import METHODS
 from utilized_rank.report.figures.style import AMBER, BLACK, BLUE, GREEN, GREY, ORANGE, PINK, SKY
 
 KINDS = {
@@ -24,7 +25,8 @@ KINDS = {
 ENDS = "patches, head"
 """What lies before the first block and behind the last one."""
 NETWORKS = {"VGG11": (AMBER, "v"), "ResNet-20": (SKY, "P")}
-METHODS = {"compensated": (BLUE, "o"), "optimal": (GREEN, "^"), "svd": (ORANGE, "s")}
+MARKERS = {"compensated": "o", "optimal": "^", "svd": "s"}
+"""Of each kind of weights, whose colours are those of the studies."""
 
 
 def utilization(own: pd.DataFrame, others: pd.DataFrame) -> Figure:
@@ -111,10 +113,10 @@ def compression(made: pd.DataFrame) -> Figure:
     whole = made.iloc[0]
     budgets = made[made.asked.str.endswith("of the parameters")]
     figure, axes = plt.subplots(figsize=(7.4, 4.4))
-    for method, (colour, marker) in METHODS.items():
+    for method, marker in MARKERS.items():
         rows = budgets[budgets.method == method]
         if len(rows):
-            _intervals(axes, rows, whole.perplexity, color=colour, marker=marker, ls="-", label=method)
+            _intervals(axes, rows, whole.perplexity, color=METHODS[method], marker=marker, ls="-", label=method)
     found = made[made.asked.str.startswith("within")]
     label = ", ".join(found.method + ", " + found.asked)
     _intervals(axes, found, whole.perplexity, color=BLACK, marker="*", ms=12, ls="", label=label)

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -147,10 +148,9 @@ QUICKER = [
 ]
 
 
-def picture(colour: tuple[int, int, int], draw: np.random.Generator) -> Image.Image:
-    """A plain colour under noise, of a size of its own."""
-    height, width = draw.integers(40, 130, 2)
-    pixels = np.array(colour) + draw.normal(0, 25, (height, width, 3))
+def picture(colour: Sequence[float], size: Sequence[int], draw: np.random.Generator) -> Image.Image:
+    """A plain colour under noise, of this height and width."""
+    pixels = np.array(colour) + draw.normal(0, 25, (*size, 3))
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
@@ -160,7 +160,7 @@ def own_images(folder: Path) -> None:
     for name, colour in COLOURS.items():
         (folder / name).mkdir(parents=True)
         for i in range(EACH):
-            image = picture(colour, draw)
+            image = picture(colour, draw.integers(40, 130, 2), draw)
             if (name, i) == ("blue", 0):
                 image = image.convert("L")
             if (name, i) == ("red", 0):

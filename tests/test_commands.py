@@ -19,7 +19,7 @@ import pytest
 import timm
 import torch
 import torchvision
-from PIL import Image
+from running import COLOURS, picture
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -34,7 +34,6 @@ from utilized_rank.ranks import measure as ranks
 from utilized_rank.training import models
 from utilized_rank.training.sections import Model
 
-COLOURS = {"blue": (30, 60, 200), "green": (40, 180, 60), "red": (210, 50, 40)}
 TRAIN, TEST = 16, 12
 BICUBIC = {"interpolation": "bicubic"}
 NETS = """
@@ -96,8 +95,7 @@ def place(tmp_path_factory) -> Path:
         for name, colour in COLOURS.items():
             (place / "data" / part / name).mkdir(parents=True)
             for i in range(count):
-                pixels = np.array(colour) + draw.normal(0, 60, 3) + draw.normal(0, 25, (40, 36, 3))
-                image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+                image = picture(colour + draw.normal(0, 60, 3), (40, 36), draw)
                 image.save(place / "data" / part / name / f"{i}.png")
     (place / "nets.py").write_text(NETS)
     held: dict = {}

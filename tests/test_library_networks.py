@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import timm
 import torch
-from PIL import Image
+from running import COLOURS, EACH, picture
 from torch import nn
 
 from utilized_rank.base.files import write_network
@@ -26,8 +26,6 @@ from utilized_rank.training import loop as training
 from utilized_rank.training import models
 from utilized_rank.training.sections import Finetune, Model, Recipe, Train
 
-COLOURS = {"blue": (30, 60, 200), "green": (40, 180, 60), "red": (210, 50, 40)}
-EACH = 20
 TRAIN = {
     "linear": Train(method="linear", epochs=10, lr=0.01, batch_size=12),
     "supervised": Train(epochs=12, lr=3e-3, batch_size=12),  # random batch norms tell a frozen encoder nothing
@@ -45,8 +43,8 @@ def root(tmp_path_factory) -> Path:
         folder = root / "fruit" / "train" / name
         folder.mkdir(parents=True)
         for i in range(EACH):
-            pixels = np.array(colour) + draw.normal(0, 25, (*draw.integers(50, 130, 2), 3))
-            Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / (f"{i}.jpg" if i % 2 else f"{i}.png"))
+            image = picture(colour, draw.integers(50, 130, 2), draw)
+            image.save(folder / (f"{i}.jpg" if i % 2 else f"{i}.png"))
     return root
 
 
