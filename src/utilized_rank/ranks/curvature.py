@@ -9,6 +9,7 @@ gradients, are taken as independent. It is a quadratic: right while the divergen
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -18,18 +19,66 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import tree_map_only
 
 from ..networks.batches import Batches, call
-from ..networks.devices import device_of, placed, sums_on
-from ..networks.evaluation import class_dimension, logits_of
+from ..networks.devices import device_of, placed, sums_on, truth
+from ..networks.evaluation import class_dimension, logits_of, outputs
 from ..networks.hooks import held
 from .correlations import TERMS
 from .layers import Layer
+
+UNIFORM = 0.1
+"""Part of a sample that is drawn alike from all inputs, however sure the network is of them."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Some of many inputs, each standing for others."""
+
+    inputs: Batches
+    weights: Tensor
+    """What each counts for in a mean over all, float32 (N,): their sum is about 1."""
+
+
+def sample(network: nn.Module, inputs: Batches, count: int) -> Sample:
+    """So many inputs, most of them such as the network is least sure of: those decide what a change of it costs.
+
+    A trained network is sure of nearly all that it was trained on, and the divergence lies in a few inputs. Drawn is in
+    proportion to sqrt(1 - sum p^2), the size of the curvature's root in the logits, at even steps (systematic
+    sampling: Madow 1949), and what is drawn counts for the inverse of its probability. Nothing is left to chance.
+
+    Args:
+        network: whose outputs are logits.
+        inputs: to draw from.
+        count: all of them where there are no more.
+    """
+    if count >= len(inputs):
+        return Sample(inputs, torch.full((len(inputs),), 1 / len(inputs)))
+    logits = outputs(network, inputs)
+    classes = class_dimension(logits)
+    unsure = (1 - logits.softmax(classes).square().sum(classes)).clamp_min(0).cpu()
+    size = unsure.reshape(len(inputs), -1).double().mean(1).sqrt()
+    expected = _inclusion((1 - UNIFORM) * size / size.sum().clamp_min(1e-300) + UNIFORM / len(inputs), count)
+    steps = torch.cat([expected.new_zeros(1), expected.cumsum(0)]) + 0.5
+    chosen = (steps[1:].floor() > steps[:-1].floor()).nonzero().flatten()
+    return Sample(inputs[chosen], (1 / expected[chosen] / len(inputs)).float())
+
+
+def _inclusion(share: Tensor, count: int) -> Tensor:
+    """Probabilities of being drawn that sum to ``count``, none above 1, in proportion to ``share`` below: (N,)."""
+    surely = torch.zeros_like(share, dtype=torch.bool)
+    while True:
+        left = count - int(surely.sum())
+        found = torch.where(surely, 1.0, left * share / share[~surely].sum())
+        if not (found > 1).any():
+            return found
+        surely |= found > 1
+
 
 Curvature = dict[str, Tensor]
 """G of each layer, by name: (g, n, n), float64, in nats over the square of the layer's outputs."""
 
 
-def curvature(network: nn.Module, layers: list[Layer], inputs: Batches, batch_size: int = 32) -> Curvature:
-    """G of every layer that a gradient of the predictions reaches, in one pass forward and back over ``inputs``.
+def curvature(network: nn.Module, layers: list[Layer], some: Sample, batch_size: int = 32) -> Curvature:
+    """G of every layer that a gradient of the predictions reaches, in one pass forward and back.
 
     A layer that is called more than once (shared weights) adds up over its calls. Memory does not grow with the number
     of inputs. Of a network without a gradient nothing is given back.
@@ -37,26 +86,24 @@ def curvature(network: nn.Module, layers: list[Layer], inputs: Batches, batch_si
     Args:
         network: whose outputs are logits: of classes (B, C), of sequences (B, L, C), or of pixels (B, C, H, W).
         layers: of the network.
-        inputs: no labels are used.
+        some: inputs; no labels are used.
         batch_size: inputs at a time.
     """
     there = sums_on(device_of(network.eval()))
-    draws = torch.Generator().manual_seed(0)
+    signs = torch.Generator().manual_seed(0)
     sums: Curvature = {}
-    predictions = 0
     with torch.inference_mode(False), torch.enable_grad():
-        for batch in inputs.split(batch_size):
+        for which in torch.arange(len(some.inputs)).split(batch_size):
             calls: list[tuple[Layer, GradientEdge]] = []
+            batch = tree_map_only(Tensor, _ordinary, some.inputs[which])
             with held(layer.module.register_forward_hook(partial(_watch, layer, calls)) for layer in layers):
-                logits = logits_of(call(network, placed(tree_map_only(Tensor, _ordinary, batch), network)))
-            likelihood, drawn = _likelihood(logits, draws)
-            predictions += drawn
-            for layer, gradient in _gradients(likelihood, calls):
+                logits = logits_of(call(network, placed(batch, network)))
+            for layer, gradient in _gradients(logits, _root(logits, some.weights[which], signs), calls):
                 new = torch.zeros(layer.groups, layer.n, layer.n, dtype=torch.float64, device=there)
                 its = sums.setdefault(layer.name, new)
                 for rows in _rows(layer, gradient.float()).split(TERMS, 1):
                     its += (rows.mT @ rows).to(its)
-    return {name: its / predictions for name, its in sums.items()}
+    return {name: its for name, its in sums.items() if truth(torch.isfinite(its).all())}
 
 
 def _watch(layer: Layer, calls: list[tuple[Layer, GradientEdge]], _: nn.Module, args: Any, outputs: Tensor) -> Tensor:
@@ -74,19 +121,27 @@ def _ordinary(values: Tensor) -> Tensor:
     return values.clone() if values.is_inference() else values
 
 
-def _likelihood(logits: Tensor, draws: torch.Generator) -> tuple[Tensor, int]:
-    """Sum of log p(y | x), each y drawn from the prediction p, and how many there are."""
+@torch.no_grad()
+def _root(logits: Tensor, weights: Tensor, signs: torch.Generator) -> Tensor:
+    """A random v for each prediction p with E[v v^T] = diag(p) - p^T p, the curvature of the divergence in the logits.
+
+    v = sqrt(p) x - p (sqrt(p) . x) with random signs x. Labels drawn from p have the same expectation, v = e_y - p, but
+    where a network is sure that is nearly always next to nothing, and now and then everything.
+    """
     classes = class_dimension(logits)
-    log_p = logits.float().log_softmax(classes).movedim(classes, -1).flatten(0, -2)  # (predictions, C)
-    y = torch.multinomial(log_p.detach().exp().cpu(), 1, generator=draws).to(log_p.device)
-    return log_p.gather(1, y).sum(), len(y)
+    p = logits.float().softmax(classes)
+    rooted = p.sqrt() * (2 * torch.randint(0, 2, p.shape, generator=signs).to(p) - 1)
+    v = rooted - p * rooted.sum(classes, keepdim=True)
+    predictions = logits[0].numel() // logits.shape[classes]  # of one input
+    scale = (weights.to(v) / predictions).sqrt()
+    return (v * scale.view(-1, *[1] * (v.ndim - 1))).to(logits)
 
 
-def _gradients(likelihood: Tensor, calls: list[tuple[Layer, GradientEdge]]) -> list[tuple[Layer, Tensor]]:
-    if not calls or not likelihood.requires_grad:
+def _gradients(logits: Tensor, seed: Tensor, calls: list[tuple[Layer, GradientEdge]]) -> list[tuple[Layer, Tensor]]:
+    if not calls or not logits.requires_grad:
         return []
     try:
-        found = torch.autograd.grad(likelihood, [edge for _, edge in calls], allow_unused=True)
+        found = torch.autograd.grad(logits, [edge for _, edge in calls], seed, allow_unused=True)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError:  # the network's own code: a value that a gradient needs was overwritten, an operation has none
