@@ -1,6 +1,7 @@
 """Forms and ranks of all layers: what they cost, what they lose, and the choices of each policy."""
 
 import copy
+from itertools import pairwise, product
 
 import numpy as np
 import pytest
@@ -18,10 +19,10 @@ from utilized_rank.compression.costs import (
     latency_costs,
     parameter_costs,
 )
-from utilized_rank.compression.losses import Losses, divergence_losses, energy_losses
+from utilized_rank.compression.losses import Losses, Table, curvature_losses, divergence_losses, energy_losses
 from utilized_rank.compression.lowrank import Factors, Fit, Target, optimal, saves
 from utilized_rank.compression.pairs import bias_of, factorized, substitute
-from utilized_rank.compression.policies import Budgets, Cumulative, closest, independent, joint
+from utilized_rank.compression.policies import Budgets, Cumulative, closest, descend, independent, joint
 from utilized_rank.networks import cost
 from utilized_rank.networks.evaluation import Labelled
 from utilized_rank.ranks.layers import Layer, countable
@@ -31,6 +32,7 @@ from utilized_rank.ranks.projection import bases, replaced
 NETWORKS = ["residual", "vit", "vgg11", "shared"]
 FORMS = ["channel", "spatial"]
 MEMORY = 64
+KINDS = [energy_losses, divergence_losses, curvature_losses]
 
 
 def fits_of(network: nn.Module, images: Tensor) -> list[Fit]:
@@ -56,7 +58,7 @@ def some_ranks(most: int) -> set[int]:
 
 
 def sum_of(choices: Choices, table: Costs | Losses) -> float:
-    ways = table.ways if isinstance(table, Costs) else table
+    ways = table.ways if isinstance(table, Costs) else table.table({})
     return sum(ways[name][form][rank - 1] for name, (form, rank) in choices.items())
 
 
@@ -138,7 +140,11 @@ def test_latencies_of_this_machine_are_of_every_layer_form_and_rank(make, images
 
 def budgets_of(network: nn.Module, images: Tensor, kind: str = "params") -> tuple[list[Candidate], Costs, Losses]:
     layers = candidates_of(network, images)
-    return layers, costs_of.COSTS[kind](network, layers, images), energy_losses(network, layers, images, MEMORY)
+    return (
+        layers,
+        costs_of.COSTS[kind](network, layers, images),
+        energy_losses(network, layers, images, len(images), MEMORY),
+    )
 
 
 @pytest.mark.parametrize("name", [*NETWORKS, "resnet20"])
@@ -214,7 +220,7 @@ def test_energy_losses_are_the_lost_part_of_the_variance_of_the_outputs(make, im
     network = make("residual")
     layers = candidates_of(network, images)
     c = next(c for c in layers if c.layer.name == name)
-    losses = energy_losses(network, layers, images, MEMORY)[name]
+    losses = energy_losses(network, layers, images, len(images), MEMORY).table({})[name]
     before = outputs_of(network, c.layer, images)
     variance = float((before - before.mean(0)).square().sum())
     assert set(losses) == set(c.cuts)
@@ -243,7 +249,7 @@ def test_divergence_losses_are_measured_with_the_layer_replaced(make, images, na
     network = make(name)
     layers = candidates_of(network, images)
     layers = [layers[0], layers[len(layers) // 2], layers[-1]]
-    losses = divergence_losses(network, layers, images, MEMORY)
+    losses = divergence_losses(network, layers, images, len(images), MEMORY).table({})
     for c in layers:
         for form, cut in c.cuts.items():
             most, of_ranks = c.saving(form), losses[c.layer.name][form]
@@ -274,23 +280,23 @@ def test_what_choices_cost_is_what_the_network_that_is_built_costs(make, images,
 def test_losses_are_of_the_unaltered_network(make, images):
     network = make("residual")
     before = copy.deepcopy(network.state_dict())
-    for losses in (energy_losses, divergence_losses):
-        losses(network, candidates_of(network, images), images, MEMORY)
+    layers = candidates_of(network, images)
+    for losses in KINDS:
+        losses(network, layers, images, len(images), MEMORY).measured({c.layer.name: ("channel", 1) for c in layers})
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
 
 
-@pytest.mark.parametrize("losses", [energy_losses, divergence_losses])
+@pytest.mark.parametrize("losses", KINDS)
 def test_a_dead_layer_loses_nothing(make, images, losses):
     """It only ever receives zeros."""
     network = make("residual")
     nn.init.constant_(network.stem.weight, 0)
     nn.init.constant_(network.stem.bias, -1)
     layers = candidates_of(network, images)
-    found = losses(network, layers, images, MEMORY)["conv1"]
-    assert found["channel"].max() <= 1e-9
-    budgets = Budgets(layers, parameter_costs(network, layers, images), losses(network, layers, images, MEMORY))
-    a_little_less = budgets.within(budgets.network - 1)
-    assert sum_of(a_little_less, losses(network, layers, images, MEMORY)) <= 1e-9
+    found = losses(network, layers, images, len(images), MEMORY)
+    assert found.table({})["conv1"]["channel"].max() <= 1e-9
+    budgets = Budgets(layers, parameter_costs(network, layers, images), found)
+    assert sum_of(budgets.within(budgets.network - 1), found) <= 1e-9
 
 
 @pytest.mark.parametrize("kind", ["params", "flops"])
@@ -325,6 +331,145 @@ def test_where_everything_passes_the_smallest_network_is_taken(make, images):
     found = joint(budgets, lambda choices: True)
     assert (found.choices, found.budget) == (budgets.within(budgets.least), budgets.least)
     assert found.tried[budgets.least]
+
+
+def least_by_trying_everything(
+    budgets: Budgets, layers: list[Candidate], costs: Costs, table: Table, most: int
+) -> float:
+    """The least sum of losses of all choices that cost ``most``, by form and rank of every layer."""
+    totals = {0: 0.0}  # what is saved, and the least that is lost by it
+    for c in layers:
+        name = c.layer.name
+        options = [(0, 0.0)] + [
+            (int(costs.layers[name] - costs.ways[name][form][rank]), float(table[name][form][rank]))
+            for form in c.cuts
+            for rank in range(c.saving(form))
+        ]
+        new: dict[int, float] = {}
+        for (saved, lost), (more, beside) in product(totals.items(), options):
+            new[saved + more] = min(new.get(saved + more, np.inf), lost + beside)
+        totals = new
+    return min(lost for saved, lost in totals.items() if costs.network - saved <= most)
+
+
+def three_layers(seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    layers = [nn.Conv2d(1, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 8, 3, stride=2), nn.ReLU()]
+    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)]
+    network = nn.Sequential(*layers, *head).eval()
+    network[-1].weight.data *= 20  # predictions that depend on the input
+    return network
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("part", [0.75, 0.5, 0.35])
+def test_budgets_lose_what_the_best_of_all_choices_loses(seed, part):
+    """Every form and rank of three layers was measured, and every combination of them tried."""
+    network, images = three_layers(seed), torch.randn(48, 1, 10, 10, generator=torch.Generator().manual_seed(seed))
+    layers = candidates_of(network, images)
+    costs = parameter_costs(network, layers, images)
+    losses = curvature_losses(network, layers, images, len(images), MEMORY)
+    truth = {
+        c.layer.name: {
+            form: np.array([_measured(losses, c.layer.name, (form, r + 1)) for r in range(c.saving(form))])
+            for form in c.cuts
+        }
+        for c in layers
+    }
+    budgets = Budgets(layers, costs, losses)
+    most = int(part * budgets.network)
+    best = least_by_trying_everything(budgets, layers, costs, truth, most)
+    chosen = budgets.within(most)
+    assert budgets.cost(chosen) <= most
+    assert sum(truth[name][form][rank - 1] for name, (form, rank) in chosen.items()) <= 1.02 * best + 1e-9
+
+
+def _measured(losses: Losses, name: str, way: tuple[str, int]) -> float:
+    return losses.measured({name: way})[name][way]
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_what_is_measured_at_a_choice_is_the_divergence_of_the_network_with_it(make, images, name):
+    network = make(name)
+    layers = candidates_of(network, images)
+    losses = curvature_losses(network, layers, images, len(images), MEMORY)
+    choices = {c.layer.name: (form, c.saving(form)) for c in layers for form in c.cuts if c.saving(form)}
+    found = losses.measured(choices)
+    assert set(found) == set(choices)
+    for c in layers:
+        for way, measured in found.get(c.layer.name, {}).items():
+            small = copy.deepcopy(network)
+            substitute(small, {c.layer.name: factorized(c.layer, c.cuts[way[0]].factors(way[1]))})
+            assert measured == pytest.approx(divergence(network, small, images), rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["residual", "vit"])
+def test_what_was_measured_stands_in_the_table(make, images, name):
+    network = make(name)
+    layers = candidates_of(network, images)
+    losses = curvature_losses(network, layers, images, len(images), MEMORY)
+    choices = {c.layer.name: ("channel", max(1, c.saving("channel") // 2)) for c in layers if c.saving("channel")}
+    found = losses.measured(choices)
+    largest = max(its for ways in found.values() for its in ways.values())
+    table = losses.table(found)
+    for its, (form, rank) in choices.items():
+        measured = found[its][form, rank]
+        assert table[its][form][rank - 1] == pytest.approx(measured, rel=1e-6, abs=2e-3 * largest)
+
+
+def test_a_layer_that_no_gradient_reaches_is_measured(make, images):
+    """Without any, all of them are: as the measured losses are."""
+    network = make("residual")
+    network.register_forward_hook(lambda *args: args[2].detach())
+    layers = candidates_of(network, images)
+    found = curvature_losses(network, layers, images, len(images), MEMORY).table({})
+    expected = divergence_losses(network, layers, images, len(images), MEMORY).table({})
+    for name, forms in expected.items():
+        for form, losses in forms.items():
+            assert np.array_equal(found[name][form], losses)
+
+
+@pytest.mark.parametrize("allowed", [0.05, 0.3, 1.0])
+def test_a_descent_ends_where_no_layer_can_be_made_smaller(make, images, allowed):
+    """The last verdict on each layer's next cheaper choice, beside the others as they are in the end, is no."""
+    layers, costs, losses = budgets_of(make("residual"), images)
+    budgets = Budgets(layers, costs, losses)
+
+    def passes(choices: Choices) -> bool:
+        return sum_of(choices, losses) <= allowed
+
+    start = joint(budgets, passes).choices
+    choices, tried = descend(budgets, start, passes)
+    assert passes(choices)
+    assert budgets.cost(choices) <= budgets.cost(start)
+    assert budgets.cost(choices) == min([budgets.cost(start), *(step.cost for step in tried if step.passes)])
+    for name in budgets.names:
+        for way in budgets.cheaper(choices, name)[:1]:
+            smaller = choices | {name: way}
+            assert not passes(smaller)
+            last = [step for step in tried if (step.layer, step.way, step.cost) == (name, way, budgets.cost(smaller))]
+            assert last
+            assert not last[-1].passes
+
+
+def test_a_descent_from_the_whole_network_to_the_smallest_takes_few_steps(make, images):
+    """Steps double while they pass."""
+    layers, costs, losses = budgets_of(make("vgg11"), images)
+    budgets = Budgets(layers, costs, losses)
+    choices, tried = descend(budgets, {}, lambda choices: True)
+    assert budgets.cost(choices) == budgets.least
+    assert len(tried) <= sum(1 + np.log2(1 + len(budgets.cheaper({}, name))) for name in budgets.names)
+
+
+def test_cheaper_choices_fall_in_cost_and_rise_in_loss(make, images):
+    layers, costs, losses = budgets_of(make("residual"), images)
+    budgets = Budgets(layers, costs, losses)
+    for name in budgets.names:
+        ways = budgets.cheaper({}, name)
+        of = [(costs.ways[name][form][rank - 1], budgets.loss(name, (form, rank))) for form, rank in ways]
+        assert all(a[0] > b[0] and a[1] < b[1] for a, b in pairwise(of))
+        for k, way in enumerate(ways):
+            assert budgets.cheaper({name: way}, name) == ways[k + 1 :]
 
 
 @pytest.mark.parametrize("name", ["residual", "resnet20", "vgg11"])

@@ -35,8 +35,8 @@ def compress(
     search: Any = None,
     score: Score | None = None,
     method: Method = "compensated",
-    losses: Literal["divergence", "energy"] = "divergence",
-    loss_inputs: int = 256,
+    losses: Literal["curvature", "divergence", "energy"] = "curvature",
+    loss_inputs: int = 128,
     rows: int | None = 4,
     memory: int = 2048,
     batch_size: int = 128,
@@ -58,8 +58,9 @@ def compress(
         method: of the weights: ``compensated`` (each layer, front to back, fitted to the original's outputs from the
             inputs that the smaller network delivers), ``optimal`` (each by itself), ``svd`` (of W), ``projection``
             (P_S W P_T).
-        losses: what a budget adds up: the measured divergence of the predictions, or the energy of outputs, sooner.
-        loss_inputs: calibration inputs that the divergence is measured on.
+        losses: what a budget adds up: the divergence of the predictions, from their ``curvature`` and measured where
+            the budget cuts, or measured throughout (``divergence``); or the ``energy`` of the layers' outputs.
+        loss_inputs: how many inputs divergences are taken on, most of them such as the network is unsure of.
         rows: that a layer's moment is taken over, as a multiple of its width m; all where it is None.
         memory: MiB that intermediate values may take.
         batch_size: inputs at a time.
@@ -90,7 +91,7 @@ def compress(
             inputs,
             goal,
             losses=losses,
-            loss_inputs=inputs[:loss_inputs],
+            loss_inputs=loss_inputs,
             memory=memory,
             progress=progress,
         )

@@ -22,7 +22,7 @@ from .decomposition import Decomposed
 from .losses import LOSSES, Losses
 from .lowrank import FORMS, METHODS, Factors, Fit, Target, outputs_kept, weight_kept
 from .pairs import factorized, form_of, indivisible, substitute
-from .policies import Budgets, Cumulative, Joint, independent, joint
+from .policies import Budgets, Cumulative, Joint, descend, independent, joint
 
 
 class Compression:
@@ -35,7 +35,7 @@ class Compression:
         score: of the search split, the higher the better; budgets need none.
         forms: that a layer may take, of ``lowrank.FORMS``.
         losses: what a budget adds up over the layers, of ``losses.LOSSES``.
-        loss_inputs: calibration inputs that the divergence is measured on; ``inputs`` where it is None.
+        loss_inputs: how many of ``inputs`` divergences are taken on, most of them such as the network is unsure of.
         together: inputs at a time, where latency is measured.
         memory: MiB that the values that flow into a layer may take.
         progress: show how far losses and weights are.
@@ -48,8 +48,8 @@ class Compression:
         inputs: Batches,
         score: Score | None = None,
         forms: Sequence[str] = ("channel", "spatial"),
-        losses: str = "divergence",
-        loss_inputs: Batches | None = None,
+        losses: str = "curvature",
+        loss_inputs: int = 128,
         together: int = 64,
         memory: int = 2048,
         progress: bool = False,
@@ -60,7 +60,7 @@ class Compression:
         self.score = score
         self.forms = list(forms)
         self.losses = losses
-        self.loss_inputs = inputs if loss_inputs is None else loss_inputs
+        self.loss_inputs = loss_inputs
         self.together = together
         self.memory = memory
         self.progress = progress
@@ -98,7 +98,8 @@ class Compression:
     def joint(self, method: str, epsilon: float) -> Joint:
         """The smallest network by ``method`` within ``epsilon`` of the score, all layers replaced.
 
-        Of those on the path of all budgets of parameters, and of the one that a cumulative search finds.
+        From the smallest on the path of all budgets of parameters, or the one that a cumulative search finds, layers
+        are made smaller one by one until none can be (see :func:`policies.descend`).
         """
         if (method, epsilon) not in self._joints:
             self._joints[method, epsilon] = self._joint(method, epsilon)
@@ -113,12 +114,12 @@ class Compression:
 
         budgets = self.budgets("params")
         found = joint(budgets, passes)
-        if method == "projection":  # which a cumulative search cannot cut
-            return found
-        other = self.cumulative(method, epsilon)
-        if budgets.cost(other) < budgets.cost(found.choices) and passes(other):
-            return replace(found, choices=other, cumulative=budgets.cost(other))
-        return found
+        if method != "projection":  # which a cumulative search cannot cut
+            other = self.cumulative(method, epsilon)
+            if budgets.cost(other) < budgets.cost(found.choices) and passes(other):
+                found = replace(found, choices=other, cumulative=budgets.cost(other))
+        choices, descent = descend(budgets, found.choices, passes)
+        return replace(found, choices=choices, descent=descent)
 
     def build(self, method: str, choices: Choices, dimensions: dict[str, tuple[int, int]] | None = None) -> Decomposed:
         """A copy of the network with layers in two, with the weights of ``method``.
@@ -198,7 +199,7 @@ class Compression:
     @cached_property
     def _losses(self) -> Losses:
         layers = tqdm(self._candidates, "losses", leave=False, unit="layer", disable=not self.progress)
-        return LOSSES[self.losses](self.network, layers, self.loss_inputs, self.memory)
+        return LOSSES[self.losses](self.network, layers, self.inputs, self.loss_inputs, self.memory)
 
     def _asked(self) -> Score:
         if self.score is None:

@@ -120,6 +120,9 @@ class Cut(Protocol):
     def factors(self, rank: int) -> Factors:
         """Those of a rank, from 1 to len(errors) - 1."""
 
+    def lost(self, metric: Tensor) -> Tensor:
+        """tr((M - M_r)^T C (M - M_r) G) for r = 0, 1, ..., G (g, n, n): float64, summed over groups."""
+
 
 class Channel:
     """A linear layer becomes m -> r -> n; a convolution k x k, C_in -> g r, then 1 x 1, g r -> C_out.
@@ -135,7 +138,13 @@ class Channel:
         else:
             whole = principal(output_moment(fit.moment, fit.matrix))
             self.basis, energies = whole.vectors[..., : fit.layer.width], whole.values[..., : fit.layer.width]
+        self._energies = energies
         self.errors = _tails(energies.sum(0))
+
+    def lost(self, metric: Tensor) -> Tensor:
+        """Of each eigenvector of M^T C M, its energy in G."""
+        basis = self.basis[..., : self._energies.shape[-1]]
+        return _tails((self._energies * (basis * (metric.to(basis) @ basis)).sum(-2)).sum(0))
 
     def factors(self, rank: int) -> Factors:
         """M U_r and U_r^T."""
@@ -176,9 +185,17 @@ class Spatial:
         if truth(failed):  # moments summed in float32: what should be 0 can be farther below it
             self._root = torch.linalg.cholesky(gram + 2 * torch.linalg.eigvalsh(gram)[0].abs() * identity)
         self._explained = torch.linalg.solve_triangular(self._root, weighted.mT @ fit.matrix[0], upper=False)
-        total = (fit.matrix[0] * (moment @ fit.matrix[0])).sum()
+        self._whole = fit.matrix[0].mT @ (moment @ fit.matrix[0])  # (n, n)
+        total = self._whole.trace()
         gained = self._explained.square().sum(1).reshape(most, across).sum(1).cumsum(0)
         self.errors = torch.cat([total[None], (total - gained).clamp_min(0)])
+
+    def lost(self, metric: Tensor) -> Tensor:
+        """The whole, less what the columns of the least squares solution explain."""
+        its = metric[0].to(self._whole)
+        total = (self._whole * its).sum()
+        gained = (self._explained * (self._explained @ its)).sum(1).reshape(-1, self.across).sum(1).cumsum(0)
+        return torch.cat([total[None], (total - gained).clamp_min(0)])
 
     def _first(self, rank: int) -> Tensor:
         """The first convolution as a map of whole patches: (m, r k_w), a column of the patch to its own r values."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import cast
 
 import numpy as np
@@ -15,11 +17,15 @@ from ..ranks.layers import Layer, Weighted
 from ..ranks.rank_search import smallest
 from .allocation import Allocation, Options
 from .costs import Candidate, Choices, Costs, Way, candidates
-from .losses import Losses, cut_to
+from .losses import Losses, Points, Table, cut_to
 from .lowrank import Factors, Fit, saves
 
 STEPS = 200
 """Budgets that a joint search tells apart, from the smallest network to the whole one."""
+ROUNDS = 3
+"""How often predicted losses are measured at what a budget chose."""
+WORTH = 0.05
+"""Part of the loss by which a new choice must be thought better for another round."""
 
 
 class Budgets:
@@ -32,14 +38,23 @@ class Budgets:
         self._fixed = self.network - sum(costs.layers.values())
         self._costs = costs
         self._layers = layers
-        self._ways = [[None, *_ways(candidate)] for candidate in layers]
-        options = [_options(c, ways, costs, losses) for c, ways in zip(layers, self._ways, strict=True)]
-        self._allocation = Allocation(options, sum(costs.layers.values()))
+        self._losses = losses
+        self._ways = [_ways(candidate) for candidate in layers]
+        self._unmeasured = losses.table({})
+        self._allocation = self._allocated(self._unmeasured, self.network)
         self.least = self._fixed + self._allocation.least
         """What the smallest network costs."""
 
+    def _allocated(self, losses: Table, most: int) -> Allocation:
+        """For budgets up to ``most``."""
+        pairs = zip(self._layers, self._ways, strict=True)
+        return Allocation([_options(c, ways, self._costs, losses) for c, ways in pairs], most - self._fixed)
+
     def within(self, amount: int) -> Choices:
         """What loses least and costs ``amount`` at most, everything that is not a choice counted in.
+
+        Where losses are predicted they are measured at what was chosen, and chosen anew, a few times: what was measured
+        to lose least is given back.
 
         Raises:
             ValueError: the smallest network costs more.
@@ -48,15 +63,69 @@ class Budgets:
         if amount < self.least:
             kept, asked = self.least / self.network, amount / self.network
             raise ValueError(f"a budget of {asked:.1%} cannot be kept: the smallest network costs {kept:.1%}")
-        chosen = self._allocation.within(amount - self._fixed)
+        choices, _ = self._chosen(self._allocation, amount)
+        best, least, known = choices, math.inf, cast(Points, {})
+        for _ in range(ROUNDS):
+            found = self._losses.measured(choices)
+            if not found:
+                break
+            loss = sum(its for ways in found.values() for its in ways.values())
+            if loss < least:
+                best, least = choices, loss
+            known = {name: known.get(name, {}) | found.get(name, {}) for name in known | found}
+            choices, expected = self._chosen(self._allocated(self._losses.table(known), amount), amount)
+            if expected > (1 - WORTH) * least:
+                break
+        return best
+
+    def _chosen(self, allocation: Allocation, amount: int) -> tuple[Choices, float]:
+        """What is best within a budget, and what it is thought to lose."""
+        chosen = allocation.within(amount - self._fixed)
         named = zip(self._layers, self._ways, chosen, strict=True)
-        return {c.layer.name: way for c, ways, k in named if (way := ways[k]) is not None}
+        return {c.layer.name: ways[k - 1] for c, ways, k in named if k}, allocation.loss(chosen)
 
     def cost(self, choices: Choices) -> int:
         """What the whole network costs with these choices."""
         ways = self._costs.ways
         saved = (self._costs.layers[name] - int(ways[name][form][rank - 1]) for name, (form, rank) in choices.items())
         return self.network - sum(saved)
+
+    def cheaper(self, choices: Choices, name: str) -> list[Way]:
+        """What costs less than a layer's choice, dearest first, and is beaten by no other in both cost and loss."""
+        ways, whole = self._costs.ways[name], self._costs.layers[name]
+        own = int(ways[choices[name][0]][choices[name][1] - 1]) if name in choices else whole
+        return [way for cost, way in self._fronts[name] if cost < own]
+
+    @cached_property
+    def _fronts(self) -> dict[str, list[tuple[int, Way]]]:
+        """Of each layer its ways that no other one beats in both cost and loss, dearest first."""
+        return {c.layer.name: self._front(c.layer.name, ways) for c, ways in zip(self._layers, self._ways, strict=True)}
+
+    def _front(self, name: str, ways: list[Way]) -> list[tuple[int, Way]]:
+        costs = self._costs.ways[name]
+        by_cost = sorted(
+            (int(costs[form][rank - 1]), self.loss(name, (form, rank)), (form, rank)) for form, rank in ways
+        )
+        front, least = [], math.inf
+        for cost, loss, way in by_cost:
+            if loss < least:
+                front.append((cost, way))
+                least = loss
+        return front[::-1]
+
+    @property
+    def names(self) -> list[str]:
+        """Of the layers."""
+        return [candidate.layer.name for candidate in self._layers]
+
+    def gain(self, choices: Choices, name: str, way: Way) -> float:
+        """What is saved by giving a layer a cheaper way, over what is thought to be lost by it."""
+        saved = self.cost(choices) - self.cost(choices | {name: way})
+        return saved / max(self.loss(name, way) - self.loss(name, choices.get(name)), 1e-300)
+
+    def loss(self, name: str, way: Way | None) -> float:
+        """What the network is thought to lose with one layer in two (None: whole), before anything is measured."""
+        return 0.0 if way is None else float(self._unmeasured[name][way[0]][way[1] - 1])
 
     def steps(self) -> list[int]:
         """Budgets from the smallest network to the whole one, :data:`STEPS` of them and one."""
@@ -67,15 +136,24 @@ def _ways(candidate: Candidate) -> list[Way]:
     return [(form, rank) for form in candidate.cuts for rank in range(1, candidate.saving(form) + 1)]
 
 
-def _options(candidate: Candidate, ways: list[Way | None], costs: Costs, losses: Losses) -> Options:
+def _options(candidate: Candidate, ways: list[Way], costs: Costs, losses: Table) -> Options:
+    """The layer as it is, and then each of the ways."""
     name = candidate.layer.name
-    pairs = [
-        (costs.layers[name], 0.0)
-        if way is None
-        else (costs.ways[name][way[0]][way[1] - 1], losses[name][way[0]][way[1] - 1])
-        for way in ways
-    ]
-    return Options(np.array([c for c, _ in pairs], dtype=np.int64), np.array([loss for _, loss in pairs], dtype=float))
+    spent = [costs.layers[name], *(costs.ways[name][form][rank - 1] for form, rank in ways)]
+    lost = [0.0, *(losses[name][form][rank - 1] for form, rank in ways)]
+    return Options(np.array(spent, dtype=np.int64), np.array(lost, dtype=float))
+
+
+@dataclass(frozen=True)
+class Step:
+    """One network that was tried with one layer smaller than in the smallest that had passed."""
+
+    layer: str
+    way: Way
+    """Its form and rank."""
+    cost: int
+    """What the network costs."""
+    passes: bool
 
 
 @dataclass(frozen=True)
@@ -88,7 +166,9 @@ class Joint:
     tried: dict[int, bool]
     """Budgets and their verdicts: the step below :attr:`budget` failed, unless there is none."""
     cumulative: int | None = None
-    """What :attr:`choices` cost where they are those of a cumulative search, which passed and cost less."""
+    """What a cumulative search's choices cost where they passed and cost less."""
+    descent: list[Step] = field(default_factory=list)
+    """Single layers made smaller from there on: in the end no layer's next cheaper choice passes."""
 
 
 def joint(budgets: Budgets, passes: Callable[[Choices], bool]) -> Joint:
@@ -105,6 +185,45 @@ def joint(budgets: Budgets, passes: Callable[[Choices], bool]) -> Joint:
 
     found = smallest(verdict, -1, STEPS)
     return Joint(budgets.within(steps[found]) if found < STEPS else {}, steps[found], tried)
+
+
+def descend(budgets: Budgets, start: Choices, passes: Callable[[Choices], bool]) -> tuple[Choices, list[Step]]:
+    """Make layers smaller one at a time, as long as the whole network passes.
+
+    The layer that saves most for the least that is thought to be lost comes first, in steps that double while they
+    pass. In the end the next cheaper choice of every layer has failed beside the others as they then are; choices that
+    another one beats in both cost and loss are left out.
+
+    Args:
+        budgets: of the layers.
+        start: choices that pass.
+        passes: the verdict on the network with these choices.
+    """
+    choices, tried, cuts = dict(start), cast(list[Step], []), 0
+    stride = dict.fromkeys(budgets.names, 1)
+    failed: dict[str, int] = {}  # by layer, how many cuts had been made when its next cheaper choice last failed
+    while open_layers := [n for n in budgets.names if failed.get(n) != cuts and budgets.cheaper(choices, n)]:
+        offers = {n: _offer(budgets, choices, n, stride[n]) for n in open_layers if n not in failed} or {
+            n: _offer(budgets, choices, n, 1) for n in open_layers
+        }
+        name = max(offers, key=lambda n: budgets.gain(choices, n, offers[n]))
+        way = offers[name]
+        is_next = way == budgets.cheaper(choices, name)[0]
+        smaller = choices | {name: way}
+        tried.append(Step(name, way, budgets.cost(smaller), passes(smaller)))
+        if tried[-1].passes:
+            choices, cuts, stride[name] = smaller, cuts + 1, 2 * stride[name]
+            failed.pop(name, None)
+        elif is_next:
+            failed[name], stride[name] = cuts, 1
+        else:
+            stride[name] = 1
+    return choices, tried
+
+
+def _offer(budgets: Budgets, choices: Choices, name: str, stride: int) -> Way:
+    cheaper = budgets.cheaper(choices, name)
+    return cheaper[min(stride, len(cheaper)) - 1]
 
 
 def independent(ranks: dict[str, int], layers: list[Candidate], flops: Costs) -> Choices:

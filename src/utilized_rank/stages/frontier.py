@@ -42,7 +42,7 @@ def compression(
         Labelled(dataset.inputs("search"), dataset.labels("search")),
         asked.forms,
         asked.losses,
-        dataset.inputs("train", asked.loss_images),
+        asked.loss_images,
         asked.latency_images,
         memory,
     )

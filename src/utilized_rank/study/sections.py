@@ -154,13 +154,13 @@ class Frontier(Section):
     """At which ranks."""
     forms: Annotated[list[Literal["channel", "spatial"]], Field(min_length=1)] = ["channel", "spatial"]
     """In two how: k x k then 1 x 1; and k x 1 then 1 x k, chosen layer by layer."""
-    losses: Literal["energy", "divergence"] = "divergence"
-    """What a budget adds up over the layers: the lost part of their outputs' variance, or the measured
-    divergence of the predictions."""
+    losses: Literal["curvature", "divergence", "energy"] = "curvature"
+    """What a budget adds up over the layers: the divergence of the predictions, from their curvature and measured where
+    the budget cuts, or measured throughout; or the lost part of the variance of their outputs."""
     images: Positive = 2000
     """Calibration images that weights are compensated on (all of them where there are fewer)."""
-    loss_images: Positive = 500
-    """Calibration images that the divergence is measured on."""
+    loss_images: Positive = 128
+    """How many of ``images`` divergences are taken on: drawn so that most are such as the network is least sure of."""
     latency_images: Positive = 64
     """Images at a time, where latency is measured."""
     finetune: Finetune
