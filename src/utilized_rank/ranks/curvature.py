@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import tree_map_only
 
-from ..networks.batches import Batches, call
+from ..networks.batches import Arguments, Batches, call
 from ..networks.devices import device_of, placed, sums_on, truth
 from ..networks.evaluation import class_dimension, logits_of, outputs
 from ..networks.hooks import held
@@ -59,7 +59,9 @@ def sample(network: nn.Module, inputs: Batches, count: int) -> Sample:
     expected = _inclusion((1 - UNIFORM) * size / size.sum().clamp_min(1e-300) + UNIFORM / len(inputs), count)
     steps = torch.cat([expected.new_zeros(1), expected.cumsum(0)]) + 0.5
     chosen = (steps[1:].floor() > steps[:-1].floor()).nonzero().flatten()
-    return Sample(inputs[chosen], (1 / expected[chosen] / len(inputs)).float())
+    drawn = inputs[chosen]
+    weights = (1 / expected[chosen] / len(inputs)).float()
+    return Sample(drawn if isinstance(drawn, Batches) else Arguments(drawn), weights)
 
 
 def _inclusion(share: Tensor, count: int) -> Tensor:
