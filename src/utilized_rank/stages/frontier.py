@@ -109,14 +109,38 @@ def untrained(
 
 
 def boundaries_table(boundaries: dict[str, Joint], parameters: int) -> pd.DataFrame:
-    """Every network that a joint search tried: ranks, path, budget (parameters), kept (a part of all), passes."""
-    rows = [
-        {"ranks": name, "path": path, "budget": budget, "kept": budget / parameters, "passes": passes}
-        for name, found in boundaries.items()
-        for path, tried in (("budgets", found.tried), ("cumulative", {found.cumulative: True}))
-        for budget, passes in sorted((b, p) for b, p in tried.items() if b is not None)
-    ]
-    return pd.DataFrame(rows, columns=["ranks", "path", "budget", "kept", "passes"])
+    """Every network that a joint search tried, in order: ranks, path, layer, form, rank, budget, kept, passes.
+
+    On the path of budgets and the cumulative one no layer is named; on the descent from there, it is the one that was
+    made smaller, and how. What the network costs is the budget, in parameters, and ``kept`` a part of all of them.
+
+    Args:
+        boundaries: by the name of the policy.
+        parameters: of the original.
+    """
+    rows: list[dict[str, Any]] = []
+    for name, found in boundaries.items():
+        its: list[dict[str, Any]] = [
+            {"path": "budgets", "budget": budget, "passes": passes} for budget, passes in sorted(found.tried.items())
+        ]
+        its += [{"path": "cumulative", "budget": found.cumulative, "passes": True}] if found.cumulative else []
+        for step in found.descent:
+            cut = {"layer": step.layer, "form": step.way[0], "rank": step.way[1]}
+            its.append({"path": "descent", **cut, "budget": step.cost, "passes": step.passes})
+        rows += [{"ranks": name, **row, "kept": row["budget"] / parameters} for row in its]
+    columns = ["ranks", "path", "layer", "form", "rank", "budget", "kept", "passes"]
+    return pd.DataFrame(rows, columns=columns).astype({"rank": "Int64"})
+
+
+def paths_table(tried: pd.DataFrame) -> pd.DataFrame:
+    """The smallest network that had passed after each path of a joint search: ranks, path, kept, tried (how many).
+
+    Args:
+        tried: as of :func:`boundaries_table`.
+    """
+    kept = tried.kept.where(tried.passes.astype(bool), 1.0)  # the whole network passes
+    paths = kept.groupby([tried.ranks, tried.path], sort=False).agg(kept="min", tried="size").reset_index()
+    return paths.assign(kept=paths.groupby("ranks", sort=False).kept.cummin())
 
 
 def choices_table(choices: dict[str, Choices], layers: dict[str, Layer]) -> pd.DataFrame:

@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from ..compression.policies import STEPS
+from ..compression.policies import ROUNDS, STEPS
 from ..datasets import sources
 from ..datasets.prepare import DESCRIBING, split_counts
 from ..networks import cost
@@ -27,8 +27,8 @@ BACKWARD = 3
 """A training step over a forward pass, by FLOPs."""
 PROCESS = 900
 """MiB of a process with torch and timm."""
-LOSSES = 12
-"""Looks at each layer to measure what a budget loses by it, from that layer on."""
+DESCENT = 3
+"""Networks that a joint search builds for each layer, until none can be made smaller."""
 MIB = 2**20
 
 
@@ -202,7 +202,7 @@ def _frontier(asked: Frontier, most: int, of: Shape, scale: Scale) -> Need:
     watched = (
         (networks + 1) * (scale.search + scale.test)
         + _made(asked, of.layers, images, scale.search)
-        + min(asked.loss_images, scale.train) * LOSSES * of.layers / 2
+        + min(asked.loss_images, images) * (BACKWARD + ROUNDS * _budgets(asked) * of.layers / 2)
         + epochs * scale.search
         + sum(copies for _, copies in trained) * scale.test
         + networks * min(asked.statistics, scale.train)
@@ -222,10 +222,15 @@ def _made(asked: Frontier, layers: int, images: int, search: int) -> float:
     for policy in asked.ranks:
         once = 2 * images * (policy.weights == "compensated")
         if policy.search == "joint":
-            passes += math.log2(STEPS) * (once + search)
+            passes += (math.log2(STEPS) + DESCENT * layers) * (once + search)
         if policy.search == "cumulative":  # bisection, each time from the layer on
             passes += once + layers * 5 * search / 2
     return passes
+
+
+def _budgets(asked: Frontier) -> float:
+    """Budgets for which layers are measured, from each of them on: those of a joint search, too."""
+    return sum(math.log2(STEPS) if policy.search == "joint" else policy.search is None for policy in asked.ranks)
 
 
 def _trained(asked: Frontier) -> list[tuple[Finetune, int]]:
