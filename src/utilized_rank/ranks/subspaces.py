@@ -63,9 +63,13 @@ def principal(moment: Tensor, dimensions: int | None = None) -> Subspace:
         vectors = torch.stack([vectors for _, vectors in pairs]).reshape(*moment.shape[:-1], dimensions)
     else:
         values, vectors = _top(moment, dimensions)
+    return Subspace(values.clamp_min(0).to(home), _signed(vectors).to(home))
+
+
+def _signed(vectors: Tensor) -> Tensor:
+    """The columns of (..., m, K), each with the sign that makes its largest component positive."""
     largest = vectors.gather(-2, vectors.abs().argmax(-2, keepdim=True))
-    vectors = vectors * torch.where(largest < 0, -1.0, 1.0)
-    return Subspace(values.clamp_min(0).to(home), vectors.to(home))
+    return vectors * torch.where(largest < 0, -1.0, 1.0)
 
 
 def leading(matrix: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -153,6 +157,32 @@ def output_moment(moment: Tensor, weight: Tensor) -> Tensor:
     """C_T = W^T C_S W, (..., n, n), from C_S (..., m, m) and W (..., m, n): never stored, always derived."""
     weight = weight.to(moment.device, torch.float64)
     return weight.mT @ moment @ weight
+
+
+def output_principal(moment: Tensor, weight: Tensor, dimensions: int | None = None) -> Subspace:
+    """The top ``dimensions`` eigenpairs of C_T = W^T C_S W; min(m, n) where it is None: beyond them the values are 0.
+
+    Args:
+        moment: C_S, (..., m, m).
+        weight: W, (..., m, n).
+        dimensions: K, of which there are min(m, n) at most.
+
+    Where m < n, no matrix of order n is made: W^T = Q R, with Q (n, m) of orthonormal columns, gives
+    C_T = Q (R C_S R^T) Q^T, whose eigenvectors are Q times those of order m. All m of them span what W can give,
+    whatever the rank of C_S.
+    """
+    if weight.shape[-2] >= weight.shape[-1]:
+        return principal(output_moment(moment, weight), dimensions)
+    q, r = torch.linalg.qr(weight.to(moment.device, torch.float64).mT)
+    inner = principal(output_moment(moment, r.mT), dimensions)
+    return Subspace(inner.values, _signed(q @ inner.vectors))
+
+
+def output_spectrum(moment: Tensor, weight: Tensor) -> Tensor:
+    """The eigenvalues of C_T alone, descending, (..., min(m, n)), as of :func:`output_principal`."""
+    if weight.shape[-2] < weight.shape[-1]:
+        weight = torch.linalg.qr(weight.to(moment.device, torch.float64).mT, mode="r").R.mT
+    return spectrum(output_moment(moment, weight))
 
 
 def energy_rank(values: Tensor, energy: float) -> int:
