@@ -145,10 +145,15 @@ class Channel:
     """A linear layer becomes m -> r -> n; a convolution k x k, C_in -> g r, then 1 x 1, g r -> C_out.
 
     At any rank the best map that there is, in closed form: M U U^T with U the top eigenvectors of M^T C M.
+
+    Args:
+        fit: to be cut.
+        most: the largest rank that will be asked for; it takes as long as all, min(m, n), where it is None.
     """
 
-    def __init__(self, fit: Fit) -> None:
+    def __init__(self, fit: Fit, most: int | None = None) -> None:
         self.fit = fit
+        self._most = fit.layer.width if most is None else most
         if fit.moment is None:
             _, singular, right = torch.linalg.svd(fit.matrix, full_matrices=False)
             self.basis, self._energies = right.mT, singular.square()
@@ -160,9 +165,9 @@ class Channel:
     def lost(self, metric: Tensor | None = None) -> Tensor:
         """See :meth:`Cut.lost`: M^T C M without its top r eigenpairs, the sum of lambda_i u_i^T G u_i over i > r."""
         if metric is None:
-            return _tails(self._energies.sum(0))
-        weights = (self.basis * (metric.to(self.basis) @ self.basis)).sum(-2)  # u_i^T G u_i, (g, K)
-        return _tails((self._energies * weights).sum(0))
+            return _tails(self._energies.sum(0))[: self._most + 1]
+        weights = (self.basis * (metric.to(self.basis) @ self.basis)).sum(-2)  # u_i^T G u_i, (g, min(m, n))
+        return _tails((self._energies * weights).sum(0))[: self._most + 1]
 
     def factors(self, rank: int) -> Factors:
         """M U_r and U_r^T."""
@@ -178,9 +183,14 @@ class Spatial:
     singular vectors of S^(1/2) W, W (C_in k_h x k_w C_out) the columns' weights side by side and S the mean of
     the columns' moments: the optimum if columns were uncorrelated. The second convolution is then the least
     squares solution given the first, with the whole moment.
+
+    Args:
+        fit: to be cut, of a convolution without groups.
+        most: the largest rank that will be asked for; where it is None, the largest that saves weights. Fewer take
+            less time.
     """
 
-    def __init__(self, fit: Fit) -> None:
+    def __init__(self, fit: Fit, most: int | None = None) -> None:
         self.fit = fit
         channels, down, across = patch_sizes(fit.layer)
         m, n = fit.layer.m, fit.layer.n
@@ -188,7 +198,7 @@ class Spatial:
         side_by_side = fit.matrix[0].reshape(channels * down, across * n)
         by_column = moment.reshape(channels * down, across, channels * down, across)
         shared = by_column.diagonal(dim1=1, dim2=3).mean(-1)
-        self._most = max(1, min(largest_saving(fit.layer, "spatial"), *side_by_side.shape))
+        self._most = max(1, min(most or largest_saving(fit.layer, "spatial"), *side_by_side.shape))
         self.down = side_by_side @ output_principal(shared, side_by_side).top(self._most)  # (C k_h, r)
         self.down = self.down / self.down.norm(dim=0).clamp_min(1e-300)
         self.across = across
@@ -244,7 +254,8 @@ class Spatial:
         return first.reshape(-1, rank * self.across)
 
 
-FORMS: dict[str, Callable[[Fit], Cut]] = {"channel": Channel, "spatial": Spatial}
+FORMS: dict[str, Callable[..., Cut]] = {"channel": Channel, "spatial": Spatial}
+"""By name, what cuts a fit; a second argument is the largest rank that will be asked for."""
 
 
 def forms_of(layer: Layer) -> list[str]:
