@@ -43,7 +43,9 @@ def spectrum(moment: Tensor) -> Tensor:
 LARGE = 2000
 """From this order on, few eigenvectors of a matrix are found by iteration."""
 FEW = 8
-"""Few are at most one in so many: beyond that, finding all of them is about as fast."""
+"""Few are at most one in so many: beyond that, iteration is no faster."""
+PART = 2
+"""Up to one in so many are found without the vectors of the others."""
 ANGLE = 1e-7
 """Largest angle (its sine) between the subspace that iteration finds and the exact one."""
 
@@ -120,8 +122,12 @@ def leading(matrix: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def _top(matrix: Tensor, k: int | None) -> tuple[Tensor, Tensor]:
-    """The top k eigenpairs of all, which are computed, by descending eigenvalue."""
-    values, vectors = _eigh(matrix)
+    """The top k eigenpairs, or all, by descending eigenvalue, from all eigenvalues."""
+    order = matrix.shape[-1]
+    if k is not None and order >= LARGE and PART * k <= order and matrix.device.type == "cpu":
+        values, vectors = _by_scipy(matrix, k)  # torch has no way to ask for some
+    else:
+        values, vectors = _eigh(matrix)
     return values.flip(-1)[..., :k], vectors.flip(-1)[..., :k]
 
 
@@ -130,9 +136,17 @@ def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     try:
         values, vectors = torch.linalg.eigh(matrix)
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # torch's LAPACK gives up on some matrices of a rank far below their order
-        pairs = [scipy.linalg.eigh(one) for one in matrix.reshape(-1, *matrix.shape[-2:]).cpu().numpy()]
-        values = torch.stack([torch.from_numpy(its) for its, _ in pairs]).reshape(matrix.shape[:-1])
-        vectors = torch.stack([torch.from_numpy(its) for _, its in pairs]).reshape(matrix.shape)
+        return _by_scipy(matrix, matrix.shape[-1])
+    return values, vectors
+
+
+def _by_scipy(matrix: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The top k eigenpairs, ascending: (..., k), (..., m, k)."""
+    order = matrix.shape[-1]
+    ranks = None if k == order else (order - k, order - 1)
+    pairs = [scipy.linalg.eigh(one, subset_by_index=ranks) for one in matrix.reshape(-1, order, order).cpu().numpy()]
+    values = torch.stack([torch.from_numpy(its) for its, _ in pairs]).reshape(*matrix.shape[:-2], k)
+    vectors = torch.stack([torch.from_numpy(its) for _, its in pairs]).reshape(*matrix.shape[:-1], k)
     return values.to(matrix.device), vectors.to(matrix.device)
 
 
