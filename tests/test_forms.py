@@ -40,10 +40,11 @@ def fit_of(layer: Layer, kind: str = "whitened", seed: int = 0, rows: int | None
     return replace(whole, inputs=None, outputs=None, moment=whole.moment if kind == "unknown bias" else None)
 
 
-def lost(fit: Fit, matrix: Tensor) -> float:
-    """tr((M - M_r)^T C (M - M_r)), over all groups together."""
+def lost(fit: Fit, matrix: Tensor, metric: Tensor | None = None) -> float:
+    """tr((M - M_r)^T C (M - M_r) G), over all groups together."""
     off = fit.matrix - matrix
-    return float((off * (off if fit.moment is None else fit.moment @ off)).sum())
+    weighed = off if fit.moment is None else fit.moment @ off
+    return float((off * (weighed if metric is None else weighed @ metric)).sum())
 
 
 def convolution_of(channels: int, n: int, *kernel: int, **how: object) -> Layer:
@@ -126,6 +127,81 @@ def test_errors_are_those_of_the_matrices_and_never_rise(fit):
             error = float(cut.errors[rank])
             assert error == pytest.approx(lost(fit, cut.factors(rank).matrix()), rel=1e-6, abs=1e-8 * scale)
         assert bool((cut.errors.diff() <= 1e-12 * scale).all())
+
+
+@given(FITS, st.integers(0, 7))
+def test_what_is_lost_in_a_metric_is_that_of_the_matrices(fit, rank):
+    """tr((M - M_r)^T C (M - M_r) G), G of any rank."""
+    g, n = fit.layer.groups, fit.layer.n
+    metric = random(g, n, rank) @ random(g, n, rank).mT
+    scale = lost(fit, 0 * fit.matrix, metric)
+    for form in forms_of(fit.layer):
+        cut = FORMS[form](fit)
+        found = cut.lost(metric)
+        expected = [scale, *(lost(fit, cut.factors(r).matrix(), metric) for r in range(1, len(cut.errors)))]
+        torch.testing.assert_close(found, torch.tensor(expected).double(), rtol=1e-6, atol=1e-8 * scale)
+        assert float(found.min()) >= 0
+        torch.testing.assert_close(cut.lost(torch.eye(n).double().expand(g, n, n)), cut.errors)
+        assert torch.equal(cut.lost(), cut.errors)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_lost_in_a_metric_adds_up_over_groups(kind):
+    layer = convolution_of(6, 8, 2, 3, groups=2)
+    fit, metric = fit_of(layer, kind), random(2, 4, 4) @ random(2, 4, 4).mT
+    cut = Channel(fit)
+    for rank in range(1, layer.width + 1):
+        expected = lost(fit, cut.factors(rank).matrix(), metric)
+        assert float(cut.lost(metric)[rank]) == pytest.approx(expected, abs=1e-8)
+
+
+@given(FITS, st.data())
+def test_a_cut_at_one_rank_is_that_of_all_ranks(fit, data):
+    """But for the jitter, which is a part of what is kept."""
+    scale = lost(fit, 0 * fit.matrix)
+    for form in forms_of(fit.layer):
+        every = FORMS[form](fit)
+        rank = data.draw(st.integers(1, len(every.errors) - 1))
+        one = FORMS[form](fit, rank)
+        torch.testing.assert_close(one.errors, every.errors[: rank + 1], rtol=1e-6, atol=1e-8 * scale)
+        left = one.factors(rank).matrix() - every.factors(rank).matrix()
+        assert lost(fit, fit.matrix - left) <= 1e-8 * scale
+
+
+@given(FITS, st.data())
+def test_the_matrix_is_the_product_of_the_factors(fit, data):
+    for form in forms_of(fit.layer):
+        cut = FORMS[form](fit)
+        factors = cut.factors(data.draw(st.integers(1, len(cut.errors) - 1)))
+        whole = factors.first @ factors.second
+        torch.testing.assert_close(factors.matrix(), whole, rtol=0, atol=1e-10 * float(1 + whole.abs().max()))
+
+
+@given(CONVOLUTIONS, st.integers(0, 1000))
+def test_the_spatial_form_is_what_its_definition_says(layer, seed):
+    """By matrices of order k_w n and whole patches: a = W V, V the top eigenvectors of W^T S W; then least squares."""
+    fit, cut = fit_of(layer, seed=seed), Spatial(fit_of(layer, seed=seed))
+    rows, across = layer.module.in_channels * layer.module.kernel_size[0], layer.module.kernel_size[1]
+    weight = fit.matrix.reshape(rows, -1)
+    blocks = fit.moment.reshape(rows, across, rows, across)
+    shared = sum(blocks[:, j, :, j] for j in range(across)) / across
+    top = torch.linalg.eigh(weight.T @ shared @ weight).eigenvectors.flip(1)
+    for rank in range(1, len(cut.errors)):
+        first = torch.kron(weight @ top[:, :rank], torch.eye(across).double())  # (m, r k_w)
+        second = torch.linalg.lstsq(first.T @ fit.moment[0] @ first, first.T @ fit.moment[0] @ fit.matrix[0]).solution
+        scale = float(cut.errors[0])
+        assert float(cut.errors[rank]) == pytest.approx(lost(fit, first @ second), rel=1e-6, abs=1e-8 * scale)
+        torch.testing.assert_close(cut.factors(rank).matrix()[0], first @ second, rtol=0, atol=1e-4)
+
+
+def test_nothing_of_the_order_of_all_columns_weights_is_made(monkeypatch):
+    """Of large patches with many outputs: k_w n = 16,384, where the patch of a column has 2 entries."""
+    orders: list[int] = []
+    solve = torch.linalg.eigh
+    monkeypatch.setattr(torch.linalg, "eigh", lambda a: orders.append(a.shape[-1]) or solve(a))
+    cut = Spatial(fit_of(convolution_of(1, 256, 2, 64), "unknown bias"))
+    assert orders == [2]
+    assert cut.factors(1).matrix().shape == (1, 128, 256)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -42,6 +42,16 @@ def test_bases_of_so_many_dimensions_are_the_first_of_all_inputs_and_all_outputs
     assert t.vectors.shape == (GROUPS, N, N)
 
 
+def test_bases_of_more_outputs_than_inputs_have_as_many_dimensions_as_inputs(rows):
+    layer = Layer("fc", nn.Linear(M, 3 * M))
+    moments = Moments.zeros(1, M)
+    moments.add(rows[:1])
+    s, t = bases(layer, moments)
+    assert (s.vectors.shape, t.vectors.shape) == ((1, M, M), (1, 3 * M, M))
+    whole = projected(layer.weight(), s, t, M, M)
+    torch.testing.assert_close(whole, layer.weight().double(), rtol=0, atol=1e-12)
+
+
 def energy(rows: torch.Tensor) -> torch.Tensor:
     """E||row||^2 of each group, (g,)."""
     return rows.square().sum(-1).mean(-1)

@@ -14,7 +14,10 @@ from utilized_rank.ranks.subspaces import (
     leading,
     numerical_rank,
     output_moment,
+    output_principal,
+    output_spectrum,
     principal,
+    spectrum,
 )
 
 
@@ -172,6 +175,21 @@ def test_many_dimensions_are_not_iterated_for(dimensions, monkeypatch):
     assert found.vectors.shape == (300, dimensions or 300)
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("rank", [300, 20])
+def test_a_part_of_the_dimensions_of_a_large_matrix_is_that_of_all(groups, rank, monkeypatch):
+    """Without the vectors of the others; beyond the rank they are any that are orthonormal."""
+    c, k = moment(300, rank, groups), 100
+    exact = principal(c, k)
+    monkeypatch.setattr(subspaces, "LARGE", 200)
+    monkeypatch.setattr(subspaces, "_eigh", None)
+    found, scale = principal(c, k), float(exact.values.max())
+    torch.testing.assert_close(found.values, exact.values, rtol=0, atol=1e-13 * scale)
+    torch.testing.assert_close(found.vectors.mT @ found.vectors, torch.eye(k).double().expand(groups, k, k))
+    certain = min(k, rank)
+    torch.testing.assert_close(found.projector(certain), exact.projector(certain), rtol=0, atol=1e-10)
+
+
 @pytest.mark.parametrize("k", [1, 3, 7])
 def test_a_planted_subspace_is_found_exactly(k, generator):
     """Rows within k dimensions of 8: energy rank k, and all principal angles are zero."""
@@ -189,6 +207,96 @@ def test_the_output_moment_is_that_of_the_products(generator):
     weight = torch.randn(2, 6, 4, generator=generator)
     outputs = rows @ weight.double()
     torch.testing.assert_close(output_moment(rows.mT @ rows, weight), outputs.mT @ outputs)
+
+
+def isometry(m: int, n: int, groups: int = 1) -> torch.Tensor:
+    """W (g, m, n) with orthonormal rows or columns, whichever are fewer."""
+    tall = torch.randn(groups, max(m, n), min(m, n), generator=torch.Generator().manual_seed(m)).double()
+    q = torch.linalg.qr(tall).Q
+    return q if m >= n else q.mT
+
+
+SIDES = pytest.mark.parametrize(("m", "n"), [(5, 12), (1, 6), (8, 8), (12, 5), (6, 1)], ids=str)
+GROUPS = pytest.mark.parametrize("groups", [1, 3])
+
+
+@SIDES
+@GROUPS
+def test_the_outputs_subspaces_from_the_smaller_side_are_those_of_order_n(m, n, groups):
+    """Eigenvalues and projectors of W^T C W, where its eigenvalues are far apart."""
+    c = torch.stack([with_spectrum(powers(m, 2.0), seed) for seed in range(groups)])
+    weight, width = isometry(m, n, groups), min(m, n)
+    found, direct = output_principal(c, weight), principal(output_moment(c, weight))
+    assert found.vectors.shape == (groups, n, width)
+    torch.testing.assert_close(found.values, direct.values[:, :width], rtol=0, atol=1e-14)
+    torch.testing.assert_close(found.vectors, direct.top(width), rtol=0, atol=1e-11)  # the signs too
+    for k in range(1, width + 1):
+        torch.testing.assert_close(found.projector(k), direct.projector(k), rtol=0, atol=1e-11)
+
+
+@SIDES
+@GROUPS
+@pytest.mark.parametrize("rank", [0, 2, 20])
+def test_the_outputs_eigenpairs_are_orthonormal_whatever_the_rank_of_the_moment(m, n, groups, rank):
+    """U^T U = 1, C_T U = U L with falling L, and W U U^T = W: together they hold all that the weight can give."""
+    c = moment(m, rank, groups)
+    weight = torch.randn(groups, m, n, generator=torch.Generator().manual_seed(1)).double()
+    found = output_principal(c, weight)
+    u, values, width = found.vectors, found.values, min(m, n)
+    scale = 1e-13 * float(1 + output_moment(c, weight).abs().max())
+    torch.testing.assert_close(u.mT @ u, torch.eye(width).double().expand(groups, width, width), rtol=0, atol=1e-13)
+    torch.testing.assert_close(output_moment(c, weight) @ u, u * values.unsqueeze(1), rtol=0, atol=10 * scale)
+    torch.testing.assert_close(weight @ u @ u.mT, weight, rtol=0, atol=1e-12)
+    assert bool((values.diff() <= 0).all())
+    assert bool((values[:, rank:] <= scale).all())
+
+
+@SIDES
+def test_the_outputs_eigenvalues_alone_are_the_same(m, n):
+    c = moment(m, 20, 2)
+    weight = torch.randn(2, m, n, generator=torch.Generator().manual_seed(1))
+    values, direct = output_spectrum(c, weight), spectrum(output_moment(c, weight))
+    torch.testing.assert_close(values, output_principal(c, weight).values, rtol=0, atol=1e-12 * float(direct.max()))
+    torch.testing.assert_close(values, direct[:, : min(m, n)], rtol=0, atol=1e-12 * float(direct.max()))
+    for energy in (0.5, 0.9, 0.99, 1.0):
+        assert energy_rank(values, energy) == energy_rank(direct, energy)
+
+
+@SIDES
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_weight_of_low_rank_has_as_many_directions_as_any(m, n, rank):
+    left, right = isometry(m, 1)[:, :, :rank], isometry(1, n)[:, :rank]
+    found = output_principal(moment(m, 20), left @ right)
+    width = min(m, n)
+    torch.testing.assert_close(found.vectors.mT @ found.vectors, torch.eye(width).double()[None], rtol=0, atol=1e-13)
+    assert bool((found.values[:, rank:] <= 1e-13 * (1 + found.values[:, :1])).all())
+
+
+@pytest.mark.parametrize(("m", "n"), [(8, 8), (12, 5)])
+def test_where_outputs_are_no_more_than_inputs_they_are_decomposed_themselves(m, n):
+    c, weight = moment(m, 20, 2), isometry(m, n, 2).float()
+    found, direct = output_principal(c, weight, 3), principal(output_moment(c, weight), 3)
+    assert torch.equal(found.values, direct.values)
+    assert torch.equal(found.vectors, direct.vectors)
+
+
+@pytest.mark.parametrize("function", [output_principal, output_spectrum])
+def test_no_eigenproblem_is_larger_than_the_smaller_side(function, monkeypatch):
+    orders: list[int] = []
+    for name in ("eigh", "eigvalsh"):
+        solve = getattr(torch.linalg, name)
+        monkeypatch.setattr(torch.linalg, name, lambda a, solve=solve: orders.append(a.shape[-1]) or solve(a))
+    for m, n in [(3, 40_000), (40, 2)]:
+        function(moment(m, 50), isometry(m, n))
+    assert orders == [3, 2]
+
+
+@pytest.mark.parametrize("dimensions", [1, 3])
+def test_few_dimensions_of_the_outputs_are_the_first_of_all(dimensions):
+    c, weight = moment(5, 12), isometry(5, 9)
+    few, every = output_principal(c, weight, dimensions), output_principal(c, weight)
+    assert torch.equal(few.values, every.values[:, :dimensions])
+    torch.testing.assert_close(few.vectors, every.top(dimensions), rtol=0, atol=1e-14)
 
 
 @pytest.mark.parametrize(

@@ -132,7 +132,7 @@ class Compression:
 
         def cut(fit: Fit) -> Factors:
             form, rank = choices[fit.layer.name]
-            return FORMS[form](fit).factors(rank)
+            return FORMS[form](fit, rank).factors(rank)
 
         held = {name: (rank, rank) for name, (_, rank) in choices.items()} | (dimensions or {})
         return self._in_turn(copy.deepcopy(self.network), method, {name: held[name] for name in choices}, cut)

@@ -7,7 +7,8 @@ counts. A form cuts a fit to a rank, and has the two smaller layers that replace
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import combinations_with_replacement
 from typing import Protocol
 
 import torch
@@ -17,7 +18,7 @@ from ..networks.devices import truth
 from ..ranks.layers import Layer
 from ..ranks.moments import Moments
 from ..ranks.projection import projected
-from ..ranks.subspaces import Subspace, output_moment, principal
+from ..ranks.subspaces import Subspace, output_principal
 
 
 @dataclass(frozen=True)
@@ -106,9 +107,19 @@ class Factors:
     bias: Tensor | None = None
     """Added to the layer's bias, (g, n), float64."""
 
+    @property
+    def across(self) -> int:
+        """1 in the channel form, k_w in the spatial one."""
+        return self.second.shape[-2] // self.rank
+
+    def shared(self) -> Tensor:
+        """The first factor as one column of a patch has it, (g, m / k_w, r): in the channel form the whole of it."""
+        return self.first.unflatten(2, (self.rank, -1)).unflatten(1, (-1, self.across))[:, :, 0, :, 0]
+
     def matrix(self) -> Tensor:
-        """First second, (g, m, n)."""
-        return self.first @ self.second
+        """First second, (g, m, n), column by column of a patch: the rest of the first factor is zeros."""
+        side_by_side = self.second.reshape(len(self.second), self.rank, -1)  # (g, r, k_w n)
+        return (self.shared() @ side_by_side).reshape(len(self.second), -1, self.second.shape[-1])
 
 
 class Cut(Protocol):
@@ -117,34 +128,46 @@ class Cut(Protocol):
     errors: Tensor
     """tr((M - M_r)^T C (M - M_r)) for r = 0, 1, ...: float64, falling, summed over groups."""
 
+    def lost(self, metric: Tensor | None = None) -> Tensor:
+        """tr((M - M_r)^T C (M - M_r) G) for r = 0, 1, ...: float64, (K + 1,), summed over groups.
+
+        Falling where G is the identity.
+
+        Args:
+            metric: G, (g, n, n), symmetric and positive semi-definite; None for the identity.
+        """
+
     def factors(self, rank: int) -> Factors:
         """Those of a rank, from 1 to len(errors) - 1."""
-
-    def lost(self, metric: Tensor) -> Tensor:
-        """tr((M - M_r)^T C (M - M_r) G) for r = 0, 1, ..., G (g, n, n): float64, summed over groups."""
 
 
 class Channel:
     """A linear layer becomes m -> r -> n; a convolution k x k, C_in -> g r, then 1 x 1, g r -> C_out.
 
     At any rank the best map that there is, in closed form: M U U^T with U the top eigenvectors of M^T C M.
+
+    Args:
+        fit: to be cut.
+        most: the largest rank that will be asked for; it takes as long as all, min(m, n), where it is None.
     """
 
-    def __init__(self, fit: Fit) -> None:
+    def __init__(self, fit: Fit, most: int | None = None) -> None:
         self.fit = fit
+        self._most = fit.layer.width if most is None else most
         if fit.moment is None:
-            self.basis = right_singular(fit.matrix)
-            energies = torch.linalg.svdvals(fit.matrix).square()
+            _, singular, right = torch.linalg.svd(fit.matrix, full_matrices=False)
+            self.basis, self._energies = right.mT, singular.square()
         else:
-            whole = principal(output_moment(fit.moment, fit.matrix))
-            self.basis, energies = whole.vectors[..., : fit.layer.width], whole.values[..., : fit.layer.width]
-        self._energies = energies
-        self.errors = _tails(energies.sum(0))
+            whole = output_principal(fit.moment, fit.matrix)
+            self.basis, self._energies = whole.vectors, whole.values
+        self.errors = self.lost()
 
-    def lost(self, metric: Tensor) -> Tensor:
-        """Of each eigenvector of M^T C M, its energy in G."""
-        basis = self.basis[..., : self._energies.shape[-1]]
-        return _tails((self._energies * (basis * (metric.to(basis) @ basis)).sum(-2)).sum(0))
+    def lost(self, metric: Tensor | None = None) -> Tensor:
+        """See :meth:`Cut.lost`: M^T C M without its top r eigenpairs, the sum of lambda_i u_i^T G u_i over i > r."""
+        if metric is None:
+            return _tails(self._energies.sum(0))[: self._most + 1]
+        weights = (self.basis * (metric.to(self.basis) @ self.basis)).sum(-2)  # u_i^T G u_i, (g, min(m, n))
+        return _tails((self._energies * weights).sum(0))[: self._most + 1]
 
     def factors(self, rank: int) -> Factors:
         """M U_r and U_r^T."""
@@ -160,9 +183,14 @@ class Spatial:
     singular vectors of S^(1/2) W, W (C_in k_h x k_w C_out) the columns' weights side by side and S the mean of
     the columns' moments: the optimum if columns were uncorrelated. The second convolution is then the least
     squares solution given the first, with the whole moment.
+
+    Args:
+        fit: to be cut, of a convolution without groups.
+        most: the largest rank that will be asked for; where it is None, the largest that saves weights. Fewer take
+            less time.
     """
 
-    def __init__(self, fit: Fit) -> None:
+    def __init__(self, fit: Fit, most: int | None = None) -> None:
         self.fit = fit
         channels, down, across = patch_sizes(fit.layer)
         m, n = fit.layer.m, fit.layer.n
@@ -170,55 +198,64 @@ class Spatial:
         side_by_side = fit.matrix[0].reshape(channels * down, across * n)
         by_column = moment.reshape(channels * down, across, channels * down, across)
         shared = by_column.diagonal(dim1=1, dim2=3).mean(-1)
-        most = max(1, min(largest_saving(fit.layer, "spatial"), *side_by_side.shape))
-        top = principal(output_moment(shared, side_by_side)).top(most)
-        self.down = side_by_side @ top  # (C k_h, r)
+        self._most = max(1, min(most or largest_saving(fit.layer, "spatial"), *side_by_side.shape))
+        self.down = side_by_side @ output_principal(shared, side_by_side).top(self._most)  # (C k_h, r)
         self.down = self.down / self.down.norm(dim=0).clamp_min(1e-300)
         self.across = across
-        first = self._first(most)
-        weighted = self._weighted(moment)
-        gram = first.mT @ weighted
+        weighted = moment @ fit.matrix[0]  # (m, n)
+        self._outputs = fit.matrix[0].mT @ weighted
+        gram = self._gram(by_column)
         # A direction that never varies has no coefficient to find: the jitter sets it to zero.
-        identity = torch.eye(len(gram)).to(gram)
-        gram = gram + (1e-10 * gram.diagonal().mean() + 1e-300) * identity
+        gram.diagonal().add_(1e-10 * gram.diagonal().mean() + 1e-300)
         self._root, failed = torch.linalg.cholesky_ex(gram)
         if truth(failed):  # moments summed in float32: what should be 0 can be farther below it
-            self._root = torch.linalg.cholesky(gram + 2 * torch.linalg.eigvalsh(gram)[0].abs() * identity)
-        self._explained = torch.linalg.solve_triangular(self._root, weighted.mT @ fit.matrix[0], upper=False)
-        self._whole = fit.matrix[0].mT @ (moment @ fit.matrix[0])  # (n, n)
-        total = self._whole.trace()
-        gained = self._explained.square().sum(1).reshape(most, across).sum(1).cumsum(0)
-        self.errors = torch.cat([total[None], (total - gained).clamp_min(0)])
+            gram.diagonal().add_(2 * torch.linalg.eigvalsh(gram)[0].abs())
+            self._root = torch.linalg.cholesky(gram)
+        with_wanted = (self.down.mT @ weighted.reshape(channels * down, across * n)).reshape(-1, n)  # (r k_w, n)
+        self._explained = torch.linalg.solve_triangular(self._root, with_wanted, upper=False)
+        self.errors = self.lost()
 
-    def lost(self, metric: Tensor) -> Tensor:
-        """The whole, less what the columns of the least squares solution explain."""
-        its = metric[0].to(self._whole)
-        total = (self._whole * its).sum()
-        gained = (self._explained * (self._explained @ its)).sum(1).reshape(-1, self.across).sum(1).cumsum(0)
-        return torch.cat([total[None], (total - gained).clamp_min(0)])
+    def _gram(self, by_column: Tensor) -> Tensor:
+        """A^T C A of the first convolution A as a map of whole patches (m, r k_w), which is not made: (r k_w, r k_w).
 
-    def _first(self, rank: int) -> Tensor:
-        """The first convolution as a map of whole patches: (m, r k_w), a column of the patch to its own r values."""
-        rows = len(self.down)
-        first = self.down.new_zeros(rows, self.across, rank, self.across)
-        for j in range(self.across):
-            first[:, j, :, j] = self.down[:, :rank]
-        return first.reshape(rows * self.across, rank * self.across)
+        A column of a patch goes to its own r values, so that it is D^T C_jk D for the columns j and k, by symmetry
+        one of them no further than the other.
+        """
+        gram = self.down.new_empty(self._most, self.across, self._most, self.across)
+        for j, k in combinations_with_replacement(range(self.across), 2):
+            block = self.down.mT @ (by_column[:, j, :, k] @ self.down)
+            gram[:, j, :, k] = block
+            gram[:, k, :, j] = block.mT
+        return gram.reshape(self._most * self.across, -1)
 
-    def _weighted(self, moment: Tensor) -> Tensor:
-        """C times the first convolution, (m, r k_w), by columns of the patch: k_w times less work than it looks."""
-        by_column = moment.reshape(len(moment), -1, self.across)
-        return torch.stack([by_column[:, :, j] @ self.down for j in range(self.across)], 2).flatten(1)
+    def lost(self, metric: Tensor | None = None) -> Tensor:
+        """See :meth:`Cut.lost`: of a least squares fit, M^T C M - E^T E with E what is explained, (r k_w, n)."""
+        if metric is None:
+            total, gained = self._outputs.trace(), self._explained.square().sum(1)
+        else:
+            metric = metric[0].to(self._outputs)
+            total = (self._outputs * metric).sum()
+            gained = (self._explained @ metric * self._explained).sum(1)
+        gained = gained.reshape(-1, self.across).sum(1).cumsum(0)
+        return torch.cat([total[None], total - gained]).clamp_min(0)
 
     def factors(self, rank: int) -> Factors:
         """The top r of the first convolution, and the best second one for them."""
         some = rank * self.across
         second = torch.linalg.solve_triangular(self._root[:some, :some].mT, self._explained[:some], upper=True)
-        first = self._first(rank)
-        return Factors("spatial", rank, first[None], second[None], self.fit.added((first @ second)[None]))
+        factors = Factors("spatial", rank, self._first(rank)[None], second[None])
+        return replace(factors, bias=self.fit.added(factors.matrix()))
+
+    def _first(self, rank: int) -> Tensor:
+        """The first convolution as a map of whole patches: (m, r k_w), a column of the patch to its own r values."""
+        first = self.down.new_zeros(len(self.down), self.across, rank, self.across)
+        for j in range(self.across):
+            first[:, j, :, j] = self.down[:, :rank]
+        return first.reshape(-1, rank * self.across)
 
 
-FORMS: dict[str, Callable[[Fit], Cut]] = {"channel": Channel, "spatial": Spatial}
+FORMS: dict[str, Callable[..., Cut]] = {"channel": Channel, "spatial": Spatial}
+"""By name, what cuts a fit; a second argument is the largest rank that will be asked for."""
 
 
 def forms_of(layer: Layer) -> list[str]:

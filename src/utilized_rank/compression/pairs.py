@@ -12,7 +12,7 @@ from ..networks.batches import call
 from ..networks.devices import placed
 from ..networks.exchange import shared, undisturbed
 from ..ranks.layers import Layer, Weighted
-from .lowrank import Factors, patch_sizes
+from .lowrank import Factors
 
 
 def pair(module: Weighted, form: str, rank: int, bias: bool) -> nn.Sequential:
@@ -44,11 +44,7 @@ def factorized(layer: Layer, factors: Factors) -> nn.Sequential:
     module = layer.module
     bias = bias_of(layer, factors.bias)
     two = pair(module, factors.form, factors.rank, bias is not None)
-    first = factors.first
-    if factors.form == "spatial":
-        _, _, across = patch_sizes(layer)
-        first = first.reshape(1, -1, across, factors.rank, across)[:, :, 0, :, 0]  # (1, C k_h, r)
-    for its, matrix in zip(two, (first, factors.second), strict=True):
+    for its, matrix in zip(two, (factors.shared(), factors.second), strict=True):
         weight = cast(Tensor, its.weight)
         weight.copy_(matrix.mT.reshape(weight.shape))
     if bias is not None:

@@ -178,19 +178,21 @@ class Correlations:
     def products(self) -> Tensor:
         """Sum of s^T s over all patches, float64, (m, m)."""
         channels, (tall, wide) = self.module.in_channels, self.module.kernel_size
-        result = self._total.new_zeros(channels, tall, wide, channels, tall, wide)
+        # Offsets first, so that whole C x C blocks are added and turned over; as patches have them only at the end.
+        result = self._total.new_zeros(tall, wide, tall, wide, channels, channels)
         for sort, total in self._sums.items():
             if total is None:
                 continue
+            blocks = total.permute(2, 3, 0, 1).contiguous()
             for a, b in product(sort.rows.offsets, sort.columns.offsets):
                 for y, x in product(sort.down, sort.across):
                     u, v = a + y, b + x
                     if u < tall and 0 <= v < wide and (u, v) >= (a, b):
-                        result[:, a, b, :, u, v] += total[:, :, y, x - sort.across[0]]
+                        result[a, b, u, v] += blocks[y, x - sort.across[0]]
         for (a, b), (u, v) in combinations(product(range(tall), range(wide)), 2):
-            result[:, u, v, :, a, b] = result[:, a, b, :, u, v].T
+            result[u, v, a, b] = result[a, b, u, v].T
         m = channels * tall * wide
-        return result.view(m, m)
+        return result.permute(4, 0, 1, 5, 2, 3).reshape(m, m)
 
     def total(self) -> Tensor:
         """Sum of s over all patches, float64, (m,)."""

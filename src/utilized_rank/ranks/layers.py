@@ -72,7 +72,10 @@ def patches(module: nn.Conv2d, inputs: Tensor) -> Tensor:
     dilation = (module.dilation[0], module.dilation[1])
     kernel = (module.kernel_size[0], module.kernel_size[1])
     stride = (module.stride[0], module.stride[1])
-    unfolded = F.unfold(padded, kernel, dilation, 0, stride)  # (B, g m, L)
+    if kernel == (1, 1):  # a patch is a pixel: nothing to copy
+        unfolded = padded[:, :, :: stride[0], :: stride[1]].flatten(2)
+    else:
+        unfolded = F.unfold(padded, kernel, dilation, 0, stride)  # (B, g m, L)
     count, _, positions = unfolded.shape
     grouped = unfolded.view(count, module.groups, -1, positions)
     return grouped.permute(1, 0, 3, 2).reshape(module.groups, count * positions, -1)

@@ -18,7 +18,7 @@ from .layers import Layer, countable
 from .moments import Budget, Moments, input_moments
 from .projection import bases
 from .rank_search import Ranks, search, search_energy, search_utilized
-from .subspaces import Subspace, energy_rank, output_moment, spectrum
+from .subspaces import Subspace, energy_rank, output_spectrum, spectrum
 from .trials import Scored, Trials, evaluations_table, trials
 
 Criterion = Literal["rank", "utilized", "energy"]
@@ -152,7 +152,8 @@ def energy_ranks(layer: Layer, moments: Moments, energy: float, centred: bool = 
             (Shenk et al. 2019, arXiv 1907.08589).
     """
     second = moments.centred if centred else moments.second
-    k_s, k_t = (energy_rank(spectrum(moment), energy) for moment in (second, output_moment(second, layer.weight())))
+    values = spectrum(second), output_spectrum(second, layer.weight())
+    k_s, k_t = (energy_rank(its, energy) for its in values)
     return Ranks(k_s, k_t, k_s, k_t, min(k_s, k_t, layer.width))
 
 

@@ -76,7 +76,7 @@ class Moments:
     def centred(self) -> Tensor:
         """C_S - mu^T mu, the covariance, (g, m, m)."""
         mean = self.mean
-        return self.second - mean.unsqueeze(2) * mean.unsqueeze(1)
+        return self.second.sub_(mean.unsqueeze(2) * mean.unsqueeze(1))
 
 
 @dataclass(frozen=True)

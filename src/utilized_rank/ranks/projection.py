@@ -10,13 +10,16 @@ from torch import Tensor, nn
 
 from .layers import Layer
 from .moments import Moments
-from .subspaces import Subspace, output_moment, principal
+from .subspaces import Subspace, output_principal, principal
 
 
 def bases(layer: Layer, moments: Moments, dimensions: int | None = None) -> tuple[Subspace, Subspace]:
-    """The principal subspaces of a layer's inputs (so many dimensions, or all) and outputs, from uncentred moments."""
+    """The principal subspaces of a layer's inputs and outputs, from uncentred moments.
+
+    Of the inputs so many dimensions, or all m; of the outputs min(m, n), which hold all that they do.
+    """
     second = moments.second
-    return principal(second, dimensions), principal(output_moment(second, layer.weight()))
+    return principal(second, dimensions), output_principal(second, layer.weight())
 
 
 def projected(weight: Tensor, inputs: Subspace, outputs: Subspace, k_s: int, k_t: int) -> Tensor:

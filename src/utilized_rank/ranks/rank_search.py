@@ -143,7 +143,7 @@ def search_energy(
         m: input width.
         n: output width.
         values_s: all eigenvalues of C_S, descending, (m,).
-        values_t: all eigenvalues of C_T, descending, (n,).
+        values_t: the eigenvalues of C_T, descending; zeros beyond min(m, n) may be left out.
         likely: a guess of the verdict that costs less (see :func:`smallest`).
     """
     width = min(m, n)

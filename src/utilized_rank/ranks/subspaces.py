@@ -43,7 +43,9 @@ def spectrum(moment: Tensor) -> Tensor:
 LARGE = 2000
 """From this order on, few eigenvectors of a matrix are found by iteration."""
 FEW = 8
-"""Few are at most one in so many: beyond that, finding all of them is about as fast."""
+"""Few are at most one in so many: beyond that, iteration is no faster."""
+PART = 2
+"""Up to one in so many are found without the vectors of the others."""
 ANGLE = 1e-7
 """Largest angle (its sine) between the subspace that iteration finds and the exact one."""
 
@@ -63,9 +65,13 @@ def principal(moment: Tensor, dimensions: int | None = None) -> Subspace:
         vectors = torch.stack([vectors for _, vectors in pairs]).reshape(*moment.shape[:-1], dimensions)
     else:
         values, vectors = _top(moment, dimensions)
+    return Subspace(values.clamp_min(0).to(home), _signed(vectors).to(home))
+
+
+def _signed(vectors: Tensor) -> Tensor:
+    """The columns of (..., m, K), each with the sign that makes its largest component positive."""
     largest = vectors.gather(-2, vectors.abs().argmax(-2, keepdim=True))
-    vectors = vectors * torch.where(largest < 0, -1.0, 1.0)
-    return Subspace(values.clamp_min(0).to(home), vectors.to(home))
+    return vectors * torch.where(largest < 0, -1.0, 1.0)
 
 
 def leading(matrix: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -116,8 +122,12 @@ def leading(matrix: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def _top(matrix: Tensor, k: int | None) -> tuple[Tensor, Tensor]:
-    """The top k eigenpairs of all, which are computed, by descending eigenvalue."""
-    values, vectors = _eigh(matrix)
+    """The top k eigenpairs, or all, by descending eigenvalue, from all eigenvalues."""
+    order = matrix.shape[-1]
+    if k is not None and order >= LARGE and PART * k <= order and matrix.device.type == "cpu":
+        values, vectors = _by_scipy(matrix, k)  # torch has no way to ask for some
+    else:
+        values, vectors = _eigh(matrix)
     return values.flip(-1)[..., :k], vectors.flip(-1)[..., :k]
 
 
@@ -126,9 +136,17 @@ def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     try:
         values, vectors = torch.linalg.eigh(matrix)
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # torch's LAPACK gives up on some matrices of a rank far below their order
-        pairs = [scipy.linalg.eigh(one) for one in matrix.reshape(-1, *matrix.shape[-2:]).cpu().numpy()]
-        values = torch.stack([torch.from_numpy(its) for its, _ in pairs]).reshape(matrix.shape[:-1])
-        vectors = torch.stack([torch.from_numpy(its) for _, its in pairs]).reshape(matrix.shape)
+        return _by_scipy(matrix, matrix.shape[-1])
+    return values, vectors
+
+
+def _by_scipy(matrix: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The top k eigenpairs, ascending: (..., k), (..., m, k)."""
+    order = matrix.shape[-1]
+    ranks = None if k == order else (order - k, order - 1)
+    pairs = [scipy.linalg.eigh(one, subset_by_index=ranks) for one in matrix.reshape(-1, order, order).cpu().numpy()]
+    values = torch.stack([torch.from_numpy(its) for its, _ in pairs]).reshape(*matrix.shape[:-2], k)
+    vectors = torch.stack([torch.from_numpy(its) for _, its in pairs]).reshape(*matrix.shape[:-1], k)
     return values.to(matrix.device), vectors.to(matrix.device)
 
 
@@ -153,6 +171,32 @@ def output_moment(moment: Tensor, weight: Tensor) -> Tensor:
     """C_T = W^T C_S W, (..., n, n), from C_S (..., m, m) and W (..., m, n): never stored, always derived."""
     weight = weight.to(moment.device, torch.float64)
     return weight.mT @ moment @ weight
+
+
+def output_principal(moment: Tensor, weight: Tensor, dimensions: int | None = None) -> Subspace:
+    """The top ``dimensions`` eigenpairs of C_T = W^T C_S W; min(m, n) where it is None: beyond them the values are 0.
+
+    Args:
+        moment: C_S, (..., m, m).
+        weight: W, (..., m, n).
+        dimensions: K, of which there are min(m, n) at most.
+
+    Where m < n, no matrix of order n is made: W^T = Q R, with Q (n, m) of orthonormal columns, gives
+    C_T = Q (R C_S R^T) Q^T, whose eigenvectors are Q times those of order m. All m of them span what W can give,
+    whatever the rank of C_S.
+    """
+    if weight.shape[-2] >= weight.shape[-1]:
+        return principal(output_moment(moment, weight), dimensions)
+    q, r = torch.linalg.qr(weight.to(moment.device, torch.float64).mT)
+    inner = principal(output_moment(moment, r.mT), dimensions)
+    return Subspace(inner.values, _signed(q @ inner.vectors))
+
+
+def output_spectrum(moment: Tensor, weight: Tensor) -> Tensor:
+    """The eigenvalues of C_T alone, descending, (..., min(m, n)), as of :func:`output_principal`."""
+    if weight.shape[-2] < weight.shape[-1]:
+        weight = torch.linalg.qr(weight.to(moment.device, torch.float64).mT, mode="r").R.mT
+    return spectrum(output_moment(moment, weight))
 
 
 def energy_rank(values: Tensor, energy: float) -> int:
