@@ -10,11 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from timm.layers import LayerScale
 from torch import Tensor, fx, nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from utilized_rank.compression.compensation import Compensation, Pairs, residual
+from utilized_rank.compression.compensation import Compensation, Pairs, _solved, residual
 from utilized_rank.compression.lowrank import Channel, Fit, Target, optimal
 from utilized_rank.compression.pairs import factorized, substitute
-from utilized_rank.networks.suffix import Traced
+from utilized_rank.networks.suffix import FEW, Traced
 from utilized_rank.ranks.layers import Layer, countable
 from utilized_rank.ranks.moments import input_moments
 from utilized_rank.ranks.projection import bases, replaced
@@ -260,6 +261,89 @@ def test_layers_are_replaced_and_fitted_in_turn(make, images):
         expected = network(images)
         error, without = (float((its(images) - expected).square().mean()) for its in (small, alone))
     assert error < without
+
+
+def images_through(layers: dict[str, Layer]) -> dict[str, int]:
+    """How many images each layer has been called with since; it grows."""
+    seen = dict.fromkeys(layers, 0)
+
+    def count(name: str, inputs: Tensor) -> None:
+        seen[name] += len(inputs)
+
+    for name, layer in layers.items():
+        layer.module.register_forward_pre_hook(lambda _, args, name=name: count(name, args[0]))
+    return seen
+
+
+def build(network: nn.Module, small: nn.Module, images: Tensor, memory: int) -> int:
+    """Replace all layers but the last one in turn; how many there are."""
+    compensation = compensation_of(network, small, images, memory)
+    *others, last = layers_of(network).values()
+    for layer in others:
+        factors = Channel(compensation.fit(layer)).factors(max(1, layer.width // 4))
+        substitute(small, {layer.name: factorized(layer, factors)})
+    compensation.fit(last)
+    return len(others) + 1
+
+
+@pytest.mark.parametrize("name", ["resnet20", "vgg11", "channels_last", "vit"])
+def test_in_one_build_every_image_passes_every_layer_of_the_original_once(built, images, name):
+    """However many layers are replaced; and a few images twice, which show whether it can be run in parts."""
+    network = built(name)
+    small, seen = copy.deepcopy(network), images_through(layers_of(network))
+    build(network, small, images, PLENTY)
+    assert max(seen.values()) <= len(images) + 2 * FEW
+
+
+def convolutions(run: Callable[[], object]) -> int:
+    """FLOPs of convolutions forward, not of their gradients, which the sums of products are."""
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_flop_counts()["Global"][torch.ops.aten.convolution]
+
+
+@pytest.mark.parametrize("name", ["resnet20", "vgg11"])
+def test_a_build_costs_a_pass_of_either_network_and_one_of_what_they_differ_by(built, images, name):
+    """That is three in all, beside the products of the statistics."""
+    network = built(name)
+    small = copy.deepcopy(network)
+    whole = convolutions(lambda: network(images))
+    cost = convolutions(lambda: build(network, small, images, PLENTY))
+    few = 4 * FEW / len(images) * whole
+    assert cost <= 2 * whole + convolutions(lambda: small(images)) + few
+
+
+@pytest.mark.parametrize("name", ["residual", "vgg11", "vit"])
+def test_where_nothing_can_be_kept_images_pass_once_a_layer(built, images, name):
+    """In the original; what is behind a layer is not computed."""
+    network = built(name)
+    small, seen = copy.deepcopy(network), images_through(layers_of(network))
+    count = build(network, small, images, 0)
+    assert list(seen.values()) == [len(images) * (count - 1 - i) + 2 * FEW for i in range(count)]
+
+
+@pytest.mark.parametrize("name", ["resnet20", "vit", "data_dependent"])
+def test_as_long_as_the_networks_are_the_same_only_one_is_run(built, images, name):
+    network = built(name)
+    small = copy.deepcopy(network)
+    first, second, third = list(layers_of(network).values())[:3]
+    seen = images_through(layers_of(small))
+    compensation = compensation_of(network, small, images)
+    for layer in (first, second):
+        torch.testing.assert_close(compensation.fit(layer).matrix, layer.weight().double(), rtol=0, atol=0)
+    assert not any(seen.values())
+    with torch.no_grad():
+        small.get_submodule(second.name).weight.mul_(0.9)
+    fit = compensation.fit(third)
+    assert seen[second.name] > 0
+    assert_same_fit(fit, compensation_of(network, small, images).fit(third))
+
+
+def test_a_system_that_is_not_positive_definite_is_solved_all_the_same(generator):
+    """Moments in float32 can leave directions that hardly vary below zero."""
+    matrix = torch.diag(torch.tensor([2.0, 1.0, -0.1], dtype=torch.float64)).expand(2, 3, 3)
+    right = torch.randn(2, 3, 4, generator=generator, dtype=torch.float64)
+    torch.testing.assert_close(matrix @ _solved(matrix, right), right)
 
 
 def sum_of(node: fx.Node) -> fx.Node:

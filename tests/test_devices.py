@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 from utilized_rank.base import runtime
 from utilized_rank.base.sections import StudyError
-from utilized_rank.compression import lowrank
+from utilized_rank.compression import compensation, lowrank
 from utilized_rank.compression.compensation import Compensation
 from utilized_rank.compression.lowrank import FORMS, forms_of, outputs_kept
 from utilized_rank.compression.pairs import factorized, substitute
@@ -48,7 +48,8 @@ def gpu(monkeypatch):
     """Tensors have a device and no values; what would be asked of it is answered with yes."""
     for module in (moments, subspaces, suffix):
         monkeypatch.setattr(module, "truth", lambda flag: True)
-    monkeypatch.setattr(lowrank, "truth", lambda failed: False)
+    for module in (lowrank, compensation):
+        monkeypatch.setattr(module, "truth", lambda failed: False)
     monkeypatch.setattr(nn.Module, "to", moved)
     with FakeTensorMode() as mode:
         yield mode

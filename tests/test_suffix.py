@@ -1,5 +1,6 @@
 import copy
-from itertools import pairwise
+from collections.abc import Callable
+from itertools import islice, pairwise
 
 import pytest
 import torch
@@ -102,7 +103,92 @@ def test_moving_on_starts_from_what_was_kept(make, images):
     suffix.move_to("layer1.0.conv1")
     calls = calls_of(network.conv1)
     suffix.move_to("layer3.2.conv1")
-    assert len(calls) <= 2  # a check of the whole network on one batch, and a count of its FLOPs
+    assert not calls
+
+
+@pytest.mark.parametrize(
+    ("name", "tried"), [("residual", 0), ("in_place", 0), ("vit", 0), ("resnet20", 0), ("in_place_on_shortcut", 3)]
+)
+def test_where_what_is_changed_in_place_is_read_elsewhere_every_layer_is_tried(make, images, name, tried):
+    """Elsewhere once is enough, at the first layer; each try runs the network, and the two parts of it."""
+    network = make(name)
+    layers = [layer.name for layer in countable(network).layers]
+    suffix = suffix_of(network, images, 70)
+    suffix.move_to(layers[0])
+    calls = calls_of(network.get_submodule(layers[0]))
+    for layer in layers[1:]:
+        suffix.move_to(layer)
+    assert len(calls) == 1 + 2 * tried
+
+
+class WritesOnTheWay(nn.Module):
+    """Two convolutions on the same input, and ``run`` on what they give."""
+
+    def __init__(self, run: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.one, self.other = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
+        self.last, self.head, self.run = nn.Conv2d(4, 4, 1), nn.Linear(4, 3), run
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = self.run(self.one(x), self.other(x))
+        return self.head(self.last(x).relu().mean((2, 3)))
+
+
+def added_to_the_first(one: Tensor, other: Tensor) -> Tensor:
+    return one.add_(other)
+
+
+def changed_unseen(one: Tensor, other: Tensor) -> Tensor:
+    one.mul_(2)
+    return one + other
+
+
+def changed_through_a_view(one: Tensor, other: Tensor) -> Tensor:
+    changed = one.flatten(2).mul_(2)
+    return one + other + changed.mean((1, 2), keepdim=True).unsqueeze(3)
+
+
+def changed_after_it_was_read(one: Tensor, other: Tensor) -> Tensor:
+    before = one.sigmoid()
+    return one.add_(1) + other + before
+
+
+WRITES = [added_to_the_first, changed_unseen, changed_through_a_view, changed_after_it_was_read]
+
+
+@pytest.mark.parametrize("run", WRITES)
+@pytest.mark.parametrize("budget", [20_000, PLENTY])
+def test_what_is_changed_in_place_spoils_nothing(images, run, budget):
+    network = WritesOnTheWay(run).eval()
+    suffix = suffix_of(network, images, 20, budget)
+    for layer in countable(network).layers:
+        suffix.move_to(layer.name)
+        assert_logits_are_the_networks(network, suffix, layer)
+
+
+def test_changes_in_place_are_found_with_what_else_lies_in_the_same_memory(images):
+    for run, names in ((added_to_the_first, {"one"}), (changed_through_a_view, {"one", "flatten"})):
+        traced = Traced(WritesOnTheWay(run).eval())
+        with torch.no_grad():
+            logits, (write,) = traced.watched((images.clone(),))
+            torch.testing.assert_close(logits, traced.network(images))
+        assert {node.name for node in write.changed} == names
+        assert write.alone == (run is added_to_the_first)
+
+
+def test_batches_that_were_not_asked_for_are_computed_later(make, images):
+    """Where a walk is given up, what was not carried forward is not taken for what it is not."""
+    network = make("resnet20")
+    suffix = suffix_of(network, images, 20)
+    first, second, later = [countable(network).layers[i] for i in (2, 5, 9)]
+    suffix.move_to(first.name)
+    assert len(list(islice(suffix.flow(second.name), 2))) == 2
+    assert_logits_are_the_networks(network, suffix, second)
+    suffix.move_to(later.name)
+    assert all(values is not None for values in suffix.kept)
+    assert_logits_are_the_networks(network, suffix, later)
 
 
 @pytest.mark.parametrize("name", ["shared", "data_dependent", "in_place_on_shortcut"])

@@ -10,16 +10,17 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.grad import conv2d_weight
 
 from ..networks.batches import Batches
-from ..networks.devices import device_of, sums_on
+from ..networks.devices import device_of, sums_on, truth
 from ..networks.evaluation import received
-from ..networks.suffix import Suffix, Traced
+from ..networks.suffix import Suffix, Traced, same
 from ..ranks.layers import Layer, padding
 from ..ranks.moments import Stream
 from .lowrank import Fit
@@ -40,27 +41,34 @@ class Pairs:
             layer.groups, layer.m, layer.n, dtype=torch.float64, device=sums_on(layer.module.weight.device)
         )
         self._total = self._cross.new_zeros(layer.groups * layer.n)
+        self._lacks = False
 
     @torch.no_grad()
     def add(self, inputs: Tensor, outputs: Tensor) -> None:
-        """Take in what the module receives, (B, ...), and what should come of it, without its bias.
+        """Take in what the module receives, (B, ...), and what should come of it, without its bias."""
+        self.take(inputs, outputs - _without_bias(self.layer, inputs))
 
-        Summed is t - s W: where a layer need not change, no rounding makes it.
+    @torch.no_grad()
+    def take(self, inputs: Tensor, lacking: Tensor | None) -> None:
+        """Take in what the module receives, (B, ...), and what its outputs lack, t - s W; None where that is nothing.
+
+        This is what is summed, and not t: where a layer need not change, no rounding makes it.
         """
         layer, module = self.layer, self.layer.module
         self._stream.add(inputs, len(inputs))
-        lacking = outputs - _without_bias(layer, inputs)
+        if lacking is None:
+            return
+        self._lacks = True
         if isinstance(module, nn.Linear):
             rows, lacking = inputs.reshape(-1, layer.m), lacking.reshape(-1, layer.n)
             self._cross += (rows.mT @ lacking).to(self._cross)
-            self._total += lacking.to(self._total).sum(0)
+            self._total += lacking.sum(0).to(self._total)
         else:
             # The products of patches and outputs are the gradient of a convolution's weight.
-            padded, plain = _padded(module, inputs)
-            how = (module.stride, plain, module.dilation, module.groups)
+            padded, how = _padded(module, inputs)
             sums = conv2d_weight(padded, list(module.weight.shape), lacking, *how)
             self._cross += sums.to(self._cross).reshape(layer.groups, layer.n, layer.m).mT
-            self._total += lacking.to(self._total).sum((0, 2, 3))
+            self._total += lacking.sum((2, 3)).to(self._total).sum(0)
 
     def fit(self, ridge: float = RIDGE) -> Fit:
         """The least squares fit of t from s, by a ridge regression towards the layer's weight W.
@@ -70,23 +78,34 @@ class Pairs:
         """
         moments = self._stream.moments()
         mean, centred, count = moments.mean, moments.centred, max(1, moments.count)
-        lacking = self._total.reshape(self.layer.groups, -1) / count
-        cross = self._cross / count - mean.unsqueeze(2) * lacking.unsqueeze(1)
-        weight = self.layer.weight().to(centred)
-        outputs = lacking + (mean.unsqueeze(1) @ weight).squeeze(1)
-        amount = ridge * centred.diagonal(0, 1, 2).mean(-1)[:, None, None]
-        amount = torch.where(amount > 0, amount, 1.0)  # where nothing varies there is nothing to fit, and W stays
-        identity = torch.eye(self.layer.m).to(centred)
-        matrix = weight + torch.linalg.solve(centred + amount * identity, cross)
+        matrix = self.layer.weight().to(centred)
+        outputs = (mean.unsqueeze(1) @ matrix).squeeze(1)
+        if self._lacks:
+            lacking = self._total.reshape(self.layer.groups, -1) / count
+            cross = self._cross / count - mean.unsqueeze(2) * lacking.unsqueeze(1)
+            amount = ridge * centred.diagonal(0, 1, 2).mean(-1, keepdim=True)
+            amount = torch.where(amount > 0, amount, 1.0)  # where nothing varies there is nothing to fit, and W stays
+            ridged = centred.clone()
+            ridged.diagonal(0, 1, 2).add_(amount)
+            matrix, outputs = matrix + _solved(ridged, cross), outputs + lacking
         return Fit(self.layer, matrix, centred, mean, outputs)
 
 
-def _padded(module: nn.Conv2d, inputs: Tensor) -> tuple[Tensor, tuple[int, int]]:
-    """Inputs for a convolution that pads with zeros alike on both sides, and by how much it then has to."""
-    if module.padding_mode == "zeros" and not isinstance(module.padding, str):
-        return inputs, cast(tuple[int, int], tuple(module.padding))
-    amounts, mode = padding(module)
-    return torch.nn.functional.pad(inputs, amounts, mode), (0, 0)
+def _solved(matrix: Tensor, right: Tensor) -> Tensor:
+    """A^-1 B of a positive definite A (g, m, m) and B (g, m, n)."""
+    root, failed = torch.linalg.cholesky_ex(matrix)
+    if truth(failed.any()):  # moments summed in float32: what should be 0 can be farther below it
+        return torch.linalg.solve(matrix, right)
+    return torch.cholesky_solve(right, root)
+
+
+def _padded(module: nn.Conv2d, inputs: Tensor) -> tuple[Tensor, tuple[Any, ...]]:
+    """Inputs for a convolution that pads with zeros alike on both sides; its stride, padding, dilation and groups."""
+    plain: Any = module.padding
+    if module.padding_mode != "zeros" or isinstance(plain, str):
+        amounts, mode = padding(module)
+        inputs, plain = F.pad(inputs, amounts, mode), (0, 0)
+    return inputs, (module.stride, plain, module.dilation, module.groups)
 
 
 @dataclass(frozen=True)
@@ -159,36 +178,57 @@ class Compensation:
         traced = Traced(network.eval())
         self._original = Suffix(traced, images, batches, memory * 2**19)
         self._small = Suffix(traced.through(small.eval()), images, batches, memory * 2**19)
+        self._apart = False
+        """Whether the two networks differ by now; what flows is the same until then, and computed once."""
 
     @torch.no_grad()
     def fit(self, layer: Layer) -> Fit:
         """What a layer of the original should become, those before it being replaced already (or not at all)."""
+        if not self._apart and not same(self._original.traced.network, self._small.traced.network):
+            self._apart = True
+            self._small.start_from(self._original)
         pairs = Pairs(layer)
-        for inputs, outputs in self._flows(layer):
-            pairs.add(inputs, outputs)
+        for inputs, lacking in self._flows(layer):
+            pairs.take(inputs, lacking)
         return pairs.fit()
 
-    def _flows(self, layer: Layer) -> Iterator[tuple[Tensor, Tensor]]:
-        """What flows into a layer, and what should come of it, batch by batch."""
+    def _flows(self, layer: Layer) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """What flows into a layer, and what its outputs then lack, batch by batch."""
         original, small = self._original, self._small
-        original.move_to(layer.name)
-        small.move_to(layer.name)
+        before = original.flow(layer.name)
+        after = small.flow(layer.name) if self._apart else before
         node = original.traced.node(layer.name)
-        if original.run is None or small.run is None or node is None or node.target != layer.name:
-            yield from _hooked(layer, original, small)
+        if before is None or after is None or node is None or node.target != layer.name:
+            yield from self._hooked(layer)
+            return
+        source = cast(fx.Node, node.args[0])
+        if not self._apart:
+            for values in before:
+                yield original.value(source, values), None
             return
         into = residual(original.traced, node)
-        nodes = [cast(fx.Node, node.args[0]), *([into.other] if into else [])]
-        before, after = original.reader(nodes), small.reader(nodes)
-        for i in range(len(original.batches)):
-            inputs, *beside = before(i)
-            changed, *beside_changed = after(i)
-            wanted = _without_bias(layer, inputs)
+        scale = None if into is None else _by_channel(layer, _inverse(into.scale))
+        for values, its in zip(before, after, strict=True):
+            changed = small.value(source, its)
+            lacking = _without_bias(layer, original.value(source, values) - changed)
             if into is not None:
-                missing = (beside[0] - beside_changed[0]) * _by_channel(layer, _inverse(into.scale))
-                if torch.broadcast_shapes(missing.shape, wanted.shape) == wanted.shape:  # not one value for all places
-                    wanted = wanted + missing
-            yield changed, wanted
+                missing = (original.value(into.other, values) - small.value(into.other, its)) * scale
+                if _adds_to(missing, lacking):
+                    lacking += missing
+            yield changed, lacking
+
+    def _hooked(self, layer: Layer) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """The same of a network that cannot be run in parts: from whole passes, without regard to residual branches."""
+        original, small = self._original.traced.network, self._small.traced.network
+        for batch in self._original.batches:
+            images = self._original.images[batch]
+            inputs = received(original, [layer.module], images)
+            if not self._apart:
+                yield from ((old, None) for _, old in inputs)
+                continue
+            changed = received(small, [small.get_submodule(layer.name)], images)
+            for (_, old), (_, new) in zip(inputs, changed, strict=True):
+                yield new, _without_bias(layer, old - new)
 
 
 def _inverse(scale: Tensor) -> Tensor:
@@ -202,17 +242,16 @@ def _by_channel(layer: Layer, values: Tensor) -> Tensor:
     return values if isinstance(layer.module, nn.Linear) else values.view(-1, 1, 1)
 
 
-def _hooked(layer: Layer, original: Suffix, small: Suffix) -> Iterator[tuple[Tensor, Tensor]]:
-    """The same of a network that cannot be run in parts: from whole passes, without regard to residual branches."""
-    before, after = original.traced.network, small.traced.network
-    for batch in original.batches:
-        images = original.images[batch]
-        inputs = received(before, [layer.module], images)
-        changed = received(after, [after.get_submodule(layer.name)], images)
-        for (_, old), (_, new) in zip(inputs, changed, strict=True):
-            yield new, _without_bias(layer, old)
+def _adds_to(values: Tensor, outputs: Tensor) -> bool:
+    """Whether values go with the module's outputs as they are, which may themselves be one value for all places."""
+    pairs = zip(reversed(values.shape), reversed(outputs.shape), strict=False)
+    return values.ndim <= outputs.ndim and all(size in (1, whole) for size, whole in pairs)
 
 
 def _without_bias(layer: Layer, inputs: Tensor) -> Tensor:
-    outputs: Tensor = layer.module(inputs)
-    return outputs if layer.module.bias is None else outputs - _by_channel(layer, layer.module.bias)
+    """S W, as the module gives it: (B, ...)."""
+    module = layer.module
+    if isinstance(module, nn.Linear):
+        return F.linear(inputs, module.weight)
+    padded, how = _padded(module, inputs)
+    return F.conv2d(padded, module.weight, None, *how)

@@ -7,7 +7,8 @@ values that the suffix takes from elsewhere (the layer's input, a shortcut aroun
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from inspect import signature
 from operator import attrgetter
@@ -15,7 +16,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .batches import Batches
 from .cost import flops_of
@@ -26,6 +27,81 @@ FEW = 4
 """Images that show whether a network can be run in parts."""
 Values = tuple[Any, ...]
 """The values of some nodes of the graph, for one batch of images."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One node of a graph, to be computed after others."""
+
+    node: fx.Node
+    compute: Callable[..., Any]
+    done: list[fx.Node]
+    """What no later step reads."""
+
+    def take(self, known: dict[fx.Node, Any]) -> None:
+        """Compute the node from the values that are known."""
+        args, kwargs = fx.node.map_arg((self.node.args, self.node.kwargs), known.__getitem__)
+        known[self.node] = self.compute(*args, **kwargs)
+
+
+class Part:
+    """Some nodes of a graph as a function, from the values of ``sources`` to those of ``targets``.
+
+    The nodes are interpreted one by one: to generate code for them, as torch.fx would, takes longer than a layer.
+    """
+
+    def __init__(self, traced: Traced, sources: Sequence[fx.Node], targets: Sequence[fx.Node]) -> None:
+        self._traced, self.sources, self.targets = traced, sources, targets
+
+    @cached_property
+    def nodes(self) -> list[fx.Node]:
+        """Those that are computed, in the graph's order: none that lies behind the sources."""
+        needed: set[fx.Node] = set()
+        open_nodes = [t for t in self.targets if t not in self.sources]
+        while open_nodes:
+            node = open_nodes.pop()
+            if node not in needed:
+                needed.add(node)
+                open_nodes += [n for n in node.all_input_nodes if n not in self.sources]
+        return [node for node in cast(fx.Graph, self._traced.graph).nodes if node in needed]
+
+    @cached_property
+    def steps(self) -> list[Step]:
+        """The same with what computes them."""
+        last = {source: node for node in self.nodes for source in node.all_input_nodes}
+        done: dict[fx.Node, list[fx.Node]] = {node: [] for node in self.nodes}
+        for source, node in last.items():
+            if source not in self.targets:
+                done[node].append(source)
+        return [Step(node, self._traced.computing(node), done[node]) for node in self.nodes]
+
+    def reads(self, nodes: Sequence[fx.Node]) -> bool:
+        """Whether the value of any of ``nodes`` is needed."""
+        return any(n in nodes for n in self.targets) or any(n in nodes for m in self.nodes for n in m.all_input_nodes)
+
+    def __call__(self, *values: Any) -> Values:
+        """The values of ``targets`` from those of ``sources``."""
+        known = dict(zip(self.sources, values, strict=True))
+        for step in self.steps:
+            step.take(known)
+            for node in step.done:
+                del known[node]
+        return tuple(known[target] for target in self.targets)
+
+
+@dataclass(frozen=True)
+class Write:
+    """A node that changes in place what others made."""
+
+    node: fx.Node
+    changed: frozenset[fx.Node]
+    """Those whose values lie in the memory that it changes."""
+
+    @property
+    def alone(self) -> bool:
+        """Whether nothing else reads what it changes, so that the order does not matter; no parameter is changed."""
+        readers = {user for node in self.changed for user in node.users}
+        return readers <= {self.node, *self.changed} and not any(node.op == "get_attr" for node in self.changed)
 
 
 class Traced:
@@ -66,8 +142,8 @@ class Traced:
         read = [n for n in self.graph.nodes if n.op == "get_attr" and n.target.startswith(f"{name}.")]
         return calls[0] if len(calls) == 1 and not read else None
 
-    def frontier(self, name: str) -> list[fx.Node] | None:
-        """The nodes that the suffix of layer ``name`` takes its inputs from; None where it has no suffix.
+    def suffix(self, name: str) -> list[fx.Node] | None:
+        """All nodes that the output of layer ``name`` can reach, itself first; None where it has no suffix.
 
         That is so where the network could not be traced, calls the layer more than once, or reads its
         weight without calling it.
@@ -79,9 +155,14 @@ class Traced:
         for later in cast(fx.Graph, self.graph).nodes:
             if any(source in suffix for source in later.all_input_nodes):
                 suffix[later] = None
-        sources = (source for inside in suffix for source in inside.all_input_nodes)
+        return list(suffix)
+
+    def frontier(self, suffix: list[fx.Node]) -> list[fx.Node]:
+        """The nodes that a suffix takes its inputs from."""
+        inside = set(suffix)
+        sources = dict.fromkeys(source for node in suffix for source in node.all_input_nodes)
         # Parameters that the graph reads directly stay in the suffix: they cost nothing to read.
-        return list(dict.fromkeys(s for s in sources if s not in suffix and s.op != "get_attr"))
+        return [source for source in sources if source not in inside and source.op != "get_attr"]
 
     def images(self) -> list[fx.Node]:
         """The nodes of the network's inputs."""
@@ -104,30 +185,80 @@ class Traced:
         bound.apply_defaults()
         return bound.args
 
-    def between(self, sources: Sequence[fx.Node], targets: Sequence[fx.Node]) -> fx.GraphModule:
+    def between(self, sources: Sequence[fx.Node], targets: Sequence[fx.Node]) -> Part:
         """A function from the values of ``sources`` to those of ``targets``, by the network's own modules.
 
         It computes no node that lies behind the sources.
         """
-        needed: set[fx.Node] = set()
-        open_nodes = [t for t in targets if t not in sources]
-        while open_nodes:
-            node = open_nodes.pop()
-            if node not in needed:
-                needed.add(node)
-                open_nodes += [n for n in node.all_input_nodes if n not in sources]
-        graph = fx.Graph()
-        copies = {node: graph.placeholder(f"source_{i}") for i, node in enumerate(sources)}
-        for node in cast(fx.Graph, self.graph).nodes:
-            if node in needed:
-                copies[node] = graph.node_copy(node, lambda n: copies[n])
-        graph.output(tuple(copies[t] for t in targets))
-        vars(self.network).update(self.constants)  # where the module looks for them, and takes them from
-        try:
-            return fx.GraphModule(self.network, graph)
-        finally:
-            for name in self.constants:
-                del vars(self.network)[name]
+        return Part(self, sources, targets)
+
+    def computing(self, node: fx.Node) -> Callable[..., Any]:
+        """What computes a node from its arguments."""
+        if node.op == "call_module":
+            return self.network.get_submodule(str(node.target))
+        if node.op == "get_attr":
+            return lambda: self.attribute(node)
+        if node.op == "call_method":
+            return lambda its, *args, **kwargs: getattr(its, str(node.target))(*args, **kwargs)
+        return cast(Callable[..., Any], node.target)
+
+    def watched(self, arguments: Values) -> tuple[Tensor, list[Write]]:
+        """The network's output by the graph, and what is changed in place on the way there.
+
+        Args:
+            arguments: a batch, which may be changed too; not made in inference mode, where changes leave no trace.
+        """
+        part = self.between(self.images(), [self.logits()])
+        known = dict(zip(part.sources, arguments, strict=True))
+        alike = {node: {node} for node in known}  # nodes whose values lie in the same memory
+        writes = []
+        for step in part.steps:
+            inputs = step.node.all_input_nodes
+            versions = [_version(known[node]) for node in inputs]
+            step.take(known)
+            changed = [n for n, version in zip(inputs, versions, strict=True) if _version(known[n]) != version]
+            if changed:
+                writes.append(Write(step.node, frozenset().union(*(alike[n] for n in changed))))
+            memory = _memory(known[step.node])
+            together = {step.node}.union(*(alike[n] for n in inputs if memory & _memory(known[n])))
+            alike.update(dict.fromkeys(together, together))
+            for node in step.done:
+                del known[node]
+        return known[self.logits()], writes
+
+
+def _version(value: Any) -> int:
+    """A number that grows whenever the tensors of a value are changed in place."""
+    return sum(v._version for v in tree_leaves(value) if isinstance(v, Tensor) and not v.is_inference())
+
+
+def _memory(value: Any) -> set[int]:
+    """Where the tensors of a value lie."""
+    tensors = (v for v in tree_leaves(value) if isinstance(v, Tensor) and v.layout == torch.strided)
+    return {v.untyped_storage()._cdata for v in tensors}
+
+
+class Room:
+    """What is left of the memory that values may be kept in: the device's own first, then the processor's."""
+
+    def __init__(self, device: torch.device, budget: int) -> None:
+        self._own, self._left = free_memory(device), budget
+
+    @property
+    def full(self) -> bool:
+        """Whether nothing more can be kept."""
+        return self._own <= 0 and self._left <= 0
+
+    def keep(self, values: Values) -> Values | None:
+        """The same values where they are kept; None where there is no room for them."""
+        if self.full:
+            return None
+        size = sum(v.nbytes for v in values if isinstance(v, Tensor))
+        if self._own >= size:
+            self._own -= size
+            return values
+        self._own, self._left = 0, self._left - size
+        return tree_map_only(Tensor, Tensor.cpu, values) if self._left >= 0 else None
 
 
 class Suffix:
@@ -149,7 +280,8 @@ class Suffix:
         self.budget = budget
         self.sources: list[fx.Node] = []
         self.kept: list[Values | None] = [None] * len(batches)
-        self.run: Callable[..., Values] | None = None
+        self.run: Part | None = None
+        self._room = Room(self.device, budget)
 
     @torch.inference_mode()
     def move_to(self, name: str) -> None:
@@ -157,88 +289,117 @@ class Suffix:
 
         What was kept for an earlier layer is carried forward to this one.
         """
-        frontier = self.traced.frontier(name)
-        if frontier is None:
-            self._keep_nothing()
-            return
-        images = self.traced.images()
-        forward = self.traced.between([*self.sources, *images], frontier)
-        from_images = self.traced.between(images, frontier)
-        placeholders = [node for node in forward.graph.nodes if node.op == "placeholder"]
-        reads_images = any(node.users for node in placeholders[len(self.sources) :])
-        own, left = free_memory(self.device), self.budget
-        for i, values in enumerate(self.kept):
-            self.kept[i] = None
-            if own > 0 or left > 0:
-                if values is None:
-                    moved = from_images(*self._batch(i))
-                else:
-                    beside = self._batch(i) if reads_images else (None,) * len(images)
-                    moved = forward(*self._here(values), *beside)
-                size = sum(v.nbytes for v in moved if isinstance(v, Tensor))
-                if own >= size:
-                    own -= size
-                    self.kept[i] = moved
-                else:
-                    own, left = 0, left - size
-                    self.kept[i] = tree_map_only(Tensor, Tensor.cpu, moved) if left >= 0 else None
-        self.sources = frontier
-        self.run = self.traced.between(frontier, [self.traced.logits()])
+        for _ in self.flow(name) or ():
+            if self._room.full:
+                break
+
+    @torch.inference_mode()
+    def flow(self, name: str) -> Iterator[Values] | None:
+        """The same, batch by batch as they are asked for, with the values of :attr:`sources`; None without a suffix.
+
+        Each is computed once, and kept while there is room; batches that are not asked for are not kept.
+        """
+        suffix, earlier, kept = self.traced.suffix(name), self.sources, self.kept
+        self.sources, self.kept, self.run = [], [None] * len(kept), None
         self.__dict__.pop("share", None)
-        if not self._repeats(from_images):
-            self._keep_nothing()
+        if suffix is None or not self._sound(suffix):
+            return None
+        self.sources = self.traced.frontier(suffix)
+        self.run = self.traced.between(self.sources, [self.traced.logits()])
+        self._room = Room(self.device, self.budget)
+        return self._carried(earlier, kept)
+
+    @torch.inference_mode()
+    def _carried(self, earlier: list[fx.Node], kept: list[Values | None]) -> Iterator[Values]:
+        """What was kept of the nodes ``earlier``, carried forward; it is let go of as it is."""
+        images = self.traced.images()
+        beside = [node for node in images if node not in earlier]
+        forward, from_images = (self.traced.between(s, self.sources) for s in ([*earlier, *beside], images))
+        reads_images = forward.reads(beside)
+        for i, values in enumerate(kept):
+            kept[i] = None
+            if values is None:
+                moved = from_images(*self._batch(i))
+            else:
+                batch = dict(zip(images, self._batch(i), strict=True)) if reads_images else dict.fromkeys(images)
+                moved = forward(*self._here(values), *(batch[node] for node in beside))
+            self.kept[i] = self._room.keep(moved)
+            yield moved
+
+    def value(self, node: fx.Node, values: Values) -> Any:
+        """That of a node that the suffix reads: one of ``values``, those of :attr:`sources`, or a parameter."""
+        return values[self.sources.index(node)] if node in self.sources else self.traced.attribute(node)
+
+    def start_from(self, other: Suffix) -> None:
+        """Take over what another suffix keeps, of a network that is the same up to there."""
+        self.sources, self.kept = other.sources, list(other.kept)
 
     @cached_property
     def share(self) -> float:
         """FLOPs of running from the layer on, over those of the whole network: a mean over the batches."""
-        values = self.kept[0]
-        if self.run is None or values is None:
+        if self.run is None or self.kept[0] is None:
             return 1.0
         kept = sum(value is not None for value in self.kept) / len(self.kept)
-        from_here = flops_of(self.run, *self._here(values)) / max(1, flops_of(self.traced.network, *self._first))
-        return 1 - kept + kept * from_here
-
-    def reader(self, nodes: Sequence[fx.Node]) -> Callable[[int], Values]:
-        """From a batch's index to the values of ``nodes``, none of which lies behind the layer."""
-        onward = self.traced.between(self.sources, nodes)
-        from_images = self.traced.between(self.traced.images(), nodes)
-
-        def values(index: int) -> Values:
-            kept = self.kept[index]
-            return cast(Values, from_images(*self._batch(index)) if kept is None else onward(*self._here(kept)))
-
-        return values
+        whole, each = self._flops
+        return 1 - kept + kept * sum(each[node] for node in self.run.nodes) / max(1, whole)
 
     @cached_property
-    def _first(self) -> Values:
-        return self._batch(0)
+    def _flops(self) -> tuple[int, dict[fx.Node, int]]:
+        """FLOPs of the whole network for the first batch, and of each node that its output needs."""
+        part = self.traced.between(self.traced.images(), [self.traced.logits()])
+        known, each = dict(zip(part.sources, self._batch(0), strict=True)), {}
+        for step in part.steps:
+            each[step.node] = flops_of(step.take, known)
+            for node in step.done:
+                del known[node]
+        return flops_of(self.traced.network, *self._batch(0)), each
 
     def _batch(self, index: int) -> Values:
         """The network's arguments, as the graph takes them."""
-        batch = placed(self.images[self.batches[index]], self.traced.network)
+        return self._arguments(self.batches[index])
+
+    def _arguments(self, which: Tensor) -> Values:
+        batch = placed(self.images[which], self.traced.network)
         return tuple(map(_channels_last, self.traced.arguments(batch)))
 
     def _here(self, values: Values) -> Values:
         """What was kept, on the network's device."""
         return tree_map_only(Tensor, lambda v: v.to(self.device, non_blocking=True), values)
 
-    def _keep_nothing(self) -> None:
-        self.sources, self.kept, self.run = [], [None] * len(self.batches), None
-        self.__dict__.pop("share", None)
+    def _sound(self, suffix: list[fx.Node]) -> bool:
+        """Whether running from the layer on gives what the network gives, and leaves what was kept as it is.
 
-    def _repeats(self, from_images: fx.GraphModule) -> bool:
-        """Whether running gives what the network gives, and leaves what was kept as it is: seen on a few images.
-
-        An operation in place could spoil it.
+        An operation in place could spoil it. Where all of them change what nothing else reads, the nodes can be run
+        in any order, and may but leave the frontier alone; elsewhere it is tried.
         """
-        few = tree_map_only(Tensor, lambda v: v[:FEW], self._first)
-        values = from_images(*few)
+        if self._writes is None:
+            return self._repeats(self.traced.frontier(suffix))
+        inside = set(suffix)
+        return all(write.node not in inside or write.changed <= inside for write in self._writes)
+
+    @cached_property
+    def _writes(self) -> list[Write] | None:
+        """What is changed in place.
+
+        None where the graph does not give what the network does, or anything else reads what is changed.
+        """
+        with torch.inference_mode(False), torch.no_grad():
+            one, other = (tree_map_only(Tensor, torch.clone, self._few()) for _ in range(2))
+            logits, writes = self.traced.watched(one)
+            same = _close(logits, logits_of(self.traced.network(*other)))
+        return writes if same and all(write.alone for write in writes) else None
+
+    def _few(self) -> Values:
+        return self._arguments(self.batches[0][:FEW])
+
+    def _repeats(self, frontier: list[fx.Node]) -> bool:
+        """Whether running in two parts gives what the network gives, and changes no value between: on a few images."""
+        values = self.traced.between(self.traced.images(), frontier)(*self._few())
         before = [v.clone() for v in values if isinstance(v, Tensor)]
-        logits = cast(Callable[..., Values], self.run)(*values)[0]
-        expected = logits_of(self.traced.network(*few))
-        same = truth(torch.isclose(logits, expected, rtol=1e-4, atol=1e-4).all())
+        (logits,) = self.traced.between(frontier, [self.traced.logits()])(*values)
         after = [v for v in values if isinstance(v, Tensor)]
-        return same and all(truth((old == new).all()) for old, new in zip(before, after, strict=True))
+        unchanged = all(truth((old == new).all()) for old, new in zip(before, after, strict=True))
+        return unchanged and _close(logits, logits_of(self.traced.network(*self._few())))
 
     def logits(self, index: int) -> Tensor:
         """The network's output for batch ``index``, (B, classes)."""
@@ -248,8 +409,24 @@ class Suffix:
         return cast(Tensor, self.run(*self._here(values))[0])
 
 
+def _close(logits: Tensor, expected: Tensor) -> bool:
+    return truth(torch.isclose(logits, expected, rtol=1e-4, atol=1e-4).all())
+
+
 def _channels_last(value: Any) -> Any:
     """Images in the memory format in which convolutions are fastest."""
     if isinstance(value, Tensor) and value.ndim == 4:
         return value.contiguous(memory_format=torch.channels_last)
     return value
+
+
+@torch.no_grad()
+def same(one: nn.Module, other: nn.Module) -> bool:
+    """Whether two networks are of the same modules with the same weights."""
+    kinds, others = ([(name, type(m)) for name, m in its.named_modules()] for its in (one, other))
+    if kinds != others:
+        return False
+    mine, its = (list(network.state_dict().values()) for network in (one, other))
+    return len(mine) == len(its) and all(
+        a.shape == b.shape and truth((a == b).all()) for a, b in zip(mine, its, strict=True)
+    )
