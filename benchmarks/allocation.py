@@ -32,8 +32,9 @@ MEASURED_TO = 56
 NOTE = f"""Each layer's form and rank for a budget of parameters, by dynamic programming over losses of single layers:
 BALF's energy; the divergence of the predictions, measured at a few ranks of every layer and form on
 {WAYS["divergence"]} inputs; and the same from one backward pass, measured where the budget cuts, on
-{WAYS["curvature"]} inputs (the default). Moments are not counted, all else is. Left: points lost by compensated weights, untrained, with
-paired 95% intervals. Right: seconds for half of the parameters as networks grow deeper (random weights)."""
+{WAYS["curvature"]} inputs (the default). Moments are not counted, all else is. Left: points lost by compensated
+weights, untrained, with paired 95% intervals. Right: seconds for half of the parameters as networks grow deeper
+(random weights)."""
 
 
 def measure(setting: Setting) -> pd.DataFrame:
