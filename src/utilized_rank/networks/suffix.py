@@ -426,7 +426,7 @@ def same(one: nn.Module, other: nn.Module) -> bool:
     kinds, others = ([(name, type(m)) for name, m in its.named_modules()] for its in (one, other))
     if kinds != others:
         return False
-    mine, its = (list(network.state_dict().values()) for network in (one, other))
+    mine, its = ([*network.parameters(), *network.buffers()] for network in (one, other))
     return len(mine) == len(its) and all(
         a.shape == b.shape and truth((a == b).all()) for a, b in zip(mine, its, strict=True)
     )
