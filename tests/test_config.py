@@ -54,7 +54,7 @@ def test_a_way_of_choosing_ranks_has_a_name_and_a_frontier_its_defaults(paramete
     assert [policy.kind for policy in frontier.ranks] == ["joint", "params"]
     assert [policy.amount for policy in frontier.ranks] == [1.0, 0.5]
     assert frontier.ranks[0].weights == "compensated"
-    assert (frontier.forms, frontier.losses, frontier.scratch) == (["channel", "spatial"], "divergence", None)
+    assert (frontier.forms, frontier.losses, frontier.scratch) == (["channel", "spatial"], "curvature", None)
     assert (frontier.finetune.lrs, frontier.finetune.seeds, frontier.finetune.distillation) == ([], 1, 0)
     assert parse_study(parameters).frontier == {}
 
