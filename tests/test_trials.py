@@ -8,7 +8,9 @@ from benchmarks.plain import Plain
 from utilized_rank.networks.evaluation import Labelled
 from utilized_rank.networks.precision import autocast
 from utilized_rank.ranks.layers import Layer, countable
+from utilized_rank.ranks.measure import layer_ranks
 from utilized_rank.ranks.moments import input_moments
+from utilized_rank.ranks.prediction import START, guide
 from utilized_rank.ranks.projection import bases
 from utilized_rank.ranks.rank_search import search, search_utilized
 from utilized_rank.ranks.subspaces import Subspace
@@ -130,6 +132,27 @@ def test_ranks_found_with_guesses_are_those_of_plain_bisection_where_passing_is_
     assert search(passes, layer.m, layer.n, likely) == expected
     smaller = min(expected.k_s_alone, expected.k_t_alone)
     assert search_utilized(passes, layer.m, layer.n, likely).r == smaller
+
+
+@pytest.mark.parametrize("start", [1e-5, START, 10.0])
+@pytest.mark.parametrize("criterion", ["rank", "utilized", "energy"])
+def test_a_guide_changes_no_rank_where_passing_is_monotone(points, start, criterion, monkeypatch):
+    """However far its first threshold is off."""
+    network, inputs, labels = points
+    monkeypatch.setattr("utilized_rank.ranks.prediction.START", start)
+    plain = Plain(network, inputs, labels)
+    ((layer, (s, t)),) = subspaces(network, inputs).items()
+    for epsilon in (0.0, 5.0, 20.0):
+        trials = [Trials(network, Labelled(inputs, labels), 64, batch_size=8) for _ in range(2)]
+        its = guide(network, [layer], inputs, 32)
+        assert its.knows(layer)
+        unguided, guided = (
+            layer_ranks(layer, s, t, of, epsilon, criterion, which)
+            for of, which in zip(trials, (None, its), strict=True)
+        )
+        assert guided == unguided
+        if criterion == "rank":
+            assert guided == plain.ranks(layer, s, t, epsilon)
 
 
 def identity(width: int) -> nn.Module:

@@ -16,6 +16,7 @@ from ..networks.evaluation import Labelled, Score
 from ..networks.precision import Precision
 from .layers import Layer, countable
 from .moments import Budget, Moments, input_moments
+from .prediction import Guide, guide
 from .projection import bases
 from .rank_search import Ranks, search, search_energy, search_utilized
 from .subspaces import Subspace, energy_rank, output_moment, spectrum
@@ -83,15 +84,17 @@ def measure(
     Raises:
         FloatingPointError: a layer receives NaN or Inf.
     """
-    flows = inputs_of(network, gathered(calibration), rows, batch_size)
+    inputs = gathered(calibration)
+    flows = inputs_of(network, inputs, rows, batch_size)
     verdicts = trials(network, score, memory, precision)
+    begins = guide(network, flows.layers, unseen(score, inputs), batch_size)
     found: list[Row] = []
     left_out = dict(flows.left_out)
     try:
         for layer in tqdm(flows.layers, desc="rank search", unit="layer"):
             # No rank beyond min(m, n) is tried, but an energy threshold is a part of all eigenvalues.
             s, t = bases(layer, flows.moments[layer.name], None if criterion == "energy" else layer.width)
-            ranks = {epsilon: layer_ranks(layer, s, t, verdicts, epsilon, criterion) for epsilon in epsilons}
+            ranks = {epsilon: layer_ranks(layer, s, t, verdicts, epsilon, criterion, begins) for epsilon in epsilons}
             its = [row(layer, ranks[epsilon], epsilon=epsilon) for epsilon in epsilons]
             found += its
             on_layer(its)
@@ -109,6 +112,11 @@ def measure(
         verdicts.score,
         len(score) if isinstance(score, Labelled) else None,
     )
+
+
+def unseen(score: Score, calibration: Batches) -> Batches:
+    """Inputs that curvature is taken over: those of the search split, which no one trains on, where there is one."""
+    return score.inputs if isinstance(score, Labelled) else calibration
 
 
 def interrupted(layers: list[Layer], found: list[Row]) -> dict[str, str]:
@@ -157,22 +165,37 @@ def energy_ranks(layer: Layer, moments: Moments, energy: float, centred: bool = 
 
 
 def layer_ranks(
-    layer: Layer, s: Subspace, t: Subspace, verdicts: Trials | Scored, epsilon: float, criterion: Criterion
+    layer: Layer,
+    s: Subspace,
+    t: Subspace,
+    verdicts: Trials | Scored,
+    epsilon: float,
+    criterion: Criterion,
+    guide: Guide | None = None,
 ) -> Ranks:
-    """The ranks of one layer at one tolerance; all 0 for a dead one (no input, or no output, ever)."""
+    """The ranks of one layer at one tolerance; all 0 for a dead one (no input, or no output, ever).
+
+    A guide says where to begin, and learns from the verdicts: fewer are asked, and what is found is certified as ever.
+    """
     if float(t.values.sum()) == 0:
         return Ranks(0, 0, 0, 0, 0)
+    known = guide if guide is not None and guide.knows(layer) else None
 
     def passes(k_s: int, k_t: int) -> bool:
-        return verdicts.passes(layer, s, t, k_s, k_t, epsilon)
+        verdict = verdicts.passes(layer, s, t, k_s, k_t, epsilon)
+        if known is not None:
+            known.learn(layer, s, t, k_s, k_t, epsilon, verdict)
+        return verdict
 
-    guess = verdicts.likely
-    likely = None if guess is None else lambda k_s, k_t: guess(layer, s, t, k_s, k_t, epsilon)
+    likely, predicted = (
+        None if guess is None else lambda k_s, k_t, guess=guess: guess(layer, s, t, k_s, k_t, epsilon)
+        for guess in (verdicts.likely, None if known is None else known.predicted)
+    )
     if criterion == "energy":
-        return search_energy(passes, layer.m, layer.n, _over_groups(s), _over_groups(t), likely)
+        return search_energy(passes, layer.m, layer.n, _over_groups(s), _over_groups(t), likely, predicted)
     if criterion == "utilized":
-        return search_utilized(passes, layer.m, layer.n, likely)
-    return search(passes, layer.m, layer.n, likely)
+        return search_utilized(passes, layer.m, layer.n, likely, predicted)
+    return search(passes, layer.m, layer.n, likely, predicted)
 
 
 def _over_groups(subspace: Subspace) -> torch.Tensor:
