@@ -14,7 +14,7 @@ from utilized_rank.ranks.prediction import START, guide
 from utilized_rank.ranks.projection import bases
 from utilized_rank.ranks.rank_search import search, search_utilized
 from utilized_rank.ranks.subspaces import Subspace
-from utilized_rank.ranks.trials import PROBE, Trials, evaluations_table
+from utilized_rank.ranks.trials import PROBE, Trials, evaluations_table, probe
 
 NETWORKS = [
     "residual",
@@ -254,6 +254,19 @@ def test_images_close_to_another_class_come_first_whether_right_or_wrong():
     assert trials.correct == 7
     order = torch.cat(list(trials._suffix.batches)).tolist()
     assert order == [4, 2, 7, 1, 9, 3, 0, 8, 6, 5]
+
+
+def test_where_nothing_is_certified_the_verdicts_are_those_of_the_probe(case):
+    trials, plain, layer, s, t = case
+    guesses = Trials(plain.network, Labelled(plain.inputs, plain.labels), 64, batch_size=8, certifies=False)
+    assert (guesses.correct, guesses.images, guesses.score) == (trials.correct, trials.images, trials.score)
+    assert sum(map(len, guesses._suffix.batches)) == probe(70) == 14
+    for epsilon in (0.0, 10.0, 40.0):
+        for pair in pairs(layer):
+            guess = guesses.likely(layer, s, t, *pair, epsilon)
+            assert guesses.passes(layer, s, t, *pair, epsilon) == guess
+    assert not evaluations_table(guesses.evaluations).certified.any()
+    assert int(evaluations_table(guesses.evaluations).groupby(["k_s", "k_t"]).images.sum().max()) <= 14
 
 
 def test_a_guess_looks_at_the_probe_and_takes_the_other_images_to_stay(case):

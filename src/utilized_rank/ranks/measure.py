@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import pandas as pd
@@ -16,17 +17,23 @@ from ..networks.evaluation import Labelled, Score
 from ..networks.precision import Precision
 from .layers import Layer, countable
 from .moments import Budget, Moments, input_moments
-from .prediction import Guide, guide
+from .prediction import Curve, Divergence, Fitted, Guide, fitted, guide, handful
 from .projection import bases
 from .rank_search import Ranks, search, search_energy, search_utilized
 from .subspaces import Subspace, energy_rank, output_moment, spectrum
 from .trials import Scored, Trials, evaluations_table, trials
 
-Criterion = Literal["rank", "utilized", "energy"]
-"""Search k_S and k_T each on its own; only the smaller of them; or one energy threshold for both."""
+Criterion = Literal["rank", "utilized", "energy", "predicted"]
+"""Search k_S and k_T each on its own; only the smaller of them; or one energy threshold for both. Or predict them from
+one backward pass and a handful of layers: none is certified."""
 Row = dict[str, Any]
 """Of a table of layers."""
+UNREACHED = "no gradient of the predictions reaches it: its rank cannot be predicted"
 UNCALLED = "its module is never called: the network reads its weight, or does not use it"
+
+
+class Unpredictable(ValueError):
+    """No rank of a network can be predicted: the message says why, and what to do."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +41,10 @@ class Measurement:
     """What :func:`measure` found."""
 
     layers: pd.DataFrame
-    """One row a layer and epsilon: layer, m, n, groups, epsilon, k_s, k_t, k_s_alone, k_t_alone, r, utilization."""
+    """One row a layer and epsilon: layer, m, n, groups, epsilon, k_s, k_t, k_s_alone, k_t_alone, r, utilization.
+
+    Predicted ones have a range too: r_low, r_high.
+    """
     left_out: dict[str, str]
     """Layers that do not count, and why."""
     evaluations: pd.DataFrame
@@ -46,6 +56,11 @@ class Measurement:
     """Of the unaltered network on the search split: its accuracy in percent, or what the score gave."""
     search_images: int | None
     """None where the score is not of labels."""
+
+    @property
+    def predicted(self) -> bool:
+        """Whether the ranks are predictions, none of them certified."""
+        return RANGE[0] in self.layers
 
     def mean_layer_utilization(self) -> dict[float, float]:
         """MLU at each epsilon: the mean of r / min(m, n) over the layers that count."""
@@ -83,19 +98,29 @@ def measure(
 
     Raises:
         FloatingPointError: a layer receives NaN or Inf.
+        Unpredictable: ranks are to be predicted, of a network without a gradient.
     """
     inputs = gathered(calibration)
     flows = inputs_of(network, inputs, rows, batch_size)
-    verdicts = trials(network, score, memory, precision)
     begins = guide(network, flows.layers, unseen(score, inputs), batch_size)
-    found: list[Row] = []
+    certifies = criterion != "predicted"
+    if not certifies:
+        flows = _reached(flows, begins)
+    verdicts = trials(network, score, memory, precision, certifies)
+    thresholds = {} if certifies else _fitted(flows, begins, verdicts, epsilons)
+
+    def of(layer: Layer, s: Subspace, t: Subspace, epsilon: float) -> Row:
+        if not certifies:
+            return _predicted(layer, begins.divergence(layer, s, t), thresholds[epsilon], epsilon)
+        return row(layer, layer_ranks(layer, s, t, verdicts, epsilon, criterion, begins), epsilon=epsilon)
+
     left_out = dict(flows.left_out)
+    found: list[Row] = []
     try:
-        for layer in tqdm(flows.layers, desc="rank search", unit="layer"):
+        for layer in tqdm(flows.layers, desc="rank search" if certifies else "prediction", unit="layer"):
             # No rank beyond min(m, n) is tried, but an energy threshold is a part of all eigenvalues.
             s, t = bases(layer, flows.moments[layer.name], None if criterion == "energy" else layer.width)
-            ranks = {epsilon: layer_ranks(layer, s, t, verdicts, epsilon, criterion, begins) for epsilon in epsilons}
-            its = [row(layer, ranks[epsilon], epsilon=epsilon) for epsilon in epsilons]
+            its = [of(layer, s, t, epsilon) for epsilon in epsilons]
             found += its
             on_layer(its)
     except KeyboardInterrupt:
@@ -112,6 +137,46 @@ def measure(
         verdicts.score,
         len(score) if isinstance(score, Labelled) else None,
     )
+
+
+def _reached(flows: Flows, begins: Guide) -> Flows:
+    """The layers that ranks can be predicted of.
+
+    Raises:
+        Unpredictable: there is none.
+    """
+    layers = [layer for layer in flows.layers if begins.knows(layer)]
+    if not layers:
+        raise Unpredictable("no gradient of the network's predictions reaches a layer: search its ranks instead")
+    unreached = {layer.name: UNREACHED for layer in flows.layers if not begins.knows(layer)}
+    return Flows(layers, {layer.name: flows.moments[layer.name] for layer in layers}, flows.left_out | unreached)
+
+
+def _fitted(flows: Flows, begins: Guide, verdicts: Trials | Scored, epsilons: Sequence[float]) -> dict[float, Fitted]:
+    """The threshold of each tolerance, from the verdicts on a handful of layers."""
+    curves: list[Curve] = []
+    found: dict[float, list[float]] = {epsilon: [] for epsilon in epsilons}
+    for layer in tqdm(handful(flows.layers), desc="threshold", unit="layer"):
+        s, t = bases(layer, flows.moments[layer.name], layer.width)
+        curves.append(partial(_utilization, layer, begins.divergence(layer, s, t)))
+        for epsilon in epsilons:
+            found[epsilon].append(layer_ranks(layer, s, t, verdicts, epsilon, "rank", begins).r / layer.width)
+    return {epsilon: fitted(curves, its) for epsilon, its in found.items()}
+
+
+def _utilization(layer: Layer, divergence: Divergence, threshold: float) -> float:
+    return divergence.ranks(threshold).r / layer.width if divergence.whole > 0 else 0.0
+
+
+RANGE = ["r_low", "r_high"]
+"""Columns of a prediction's range."""
+
+
+def _predicted(layer: Layer, divergence: Divergence, threshold: Fitted, epsilon: float) -> Row:
+    if divergence.whole == 0:  # a dead layer
+        return row(layer, Ranks(0, 0, 0, 0, 0), epsilon=epsilon) | dict.fromkeys(RANGE, 0)
+    ranks, low, high = map(divergence.ranks, (threshold.threshold, threshold.high, threshold.low))
+    return row(layer, ranks, epsilon=epsilon) | dict(zip(RANGE, sorted((low.r, high.r)), strict=True))
 
 
 def unseen(score: Score, calibration: Batches) -> Batches:

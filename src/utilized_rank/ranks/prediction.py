@@ -8,6 +8,9 @@ a threshold is learnt from the boundaries that were certified.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import stdev
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +20,7 @@ from ..networks.devices import placed
 from ..networks.evaluation import logits_of
 from .curvature import Curvature, curvature
 from .layers import Layer
+from .rank_search import Ranks, search
 from .subspaces import Subspace
 
 INPUTS = 500
@@ -43,19 +47,28 @@ class Divergence:
 
     def __init__(self, layer: Layer, s: Subspace, t: Subspace, curvature: Tensor) -> None:
         basis = t.vectors
-        self._m = layer.m
+        self._whole = layer.m, layer.n
         self._curvature = basis.mT @ curvature.to(basis) @ basis  # G, (g, K_T, K_T)
         self._inputs = basis.mT @ layer.weight().to(basis).mT @ s.vectors  # the w_i, (g, K_T, K_S)
         self._energies = s.values[:, None, : s.vectors.shape[-1]]  # the sigma_i, (g, 1, K_S)
-        self._whole = torch.diag_embed(t.values[:, : basis.shape[-1]])  # B at k_S = m: C_T, (g, K_T, K_T)
+        self._all = torch.diag_embed(t.values[:, : basis.shape[-1]])  # B at k_S = m: C_T, (g, K_T, K_T)
+
+    @property
+    def whole(self) -> float:
+        """Of the layer giving nothing at all; 0 of one that gives nothing anyway."""
+        return self(0, 0)
 
     def __call__(self, k_s: int, k_t: int) -> float:
         """In nats; k_S = m stands for no projection of the inputs, k_T = n of the outputs."""
         some = self._inputs[..., :k_s]
-        b = self._whole if k_s == self._m else (some * self._energies[..., :k_s]) @ some.mT
+        b = self._all if k_s == self._whole[0] else (some * self._energies[..., :k_s]) @ some.mT
         kept = b * self._curvature
-        lost = (self._whole * self._curvature).sum() - 2 * kept[..., :k_t].sum() + kept[..., :k_t, :k_t].sum()
+        lost = (self._all * self._curvature).sum() - 2 * kept[..., :k_t].sum() + kept[..., :k_t, :k_t].sum()
         return max(0.0, float(lost) / 2)  # rounding may leave less than nothing
+
+    def ranks(self, threshold: float) -> Ranks:
+        """The ranks that a search would find, did a layer pass up to a divergence of ``threshold`` nats."""
+        return search(lambda k_s, k_t: self(k_s, k_t) <= threshold, *self._whole)
 
 
 class Guide:
@@ -112,3 +125,53 @@ def predicts(network: nn.Module, inputs: Batches) -> bool:
     """Whether what a network gives can be logits: numbers, along a dimension of classes."""
     found = logits_of(call(network.eval(), placed(inputs[:1], network)))
     return found.is_floating_point() and found.ndim > 1
+
+
+DEPTHS = (0.5, 0.6, 0.7, 0.8, 0.9)
+"""Where in the network the layers are that a threshold is fitted to: in its latter half, where a trial costs little."""
+
+
+def handful(layers: Sequence[Layer]) -> list[Layer]:
+    """The layers that a threshold is fitted to, of all in their order."""
+    return [layers[at] for at in dict.fromkeys(int(depth * len(layers)) for depth in DEPTHS)]
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """The predicted divergence, in nats, up to which layers pass at one tolerance."""
+
+    threshold: float
+    low: float
+    """One standard deviation (of the logarithm) of the layers' own thresholds below it."""
+    high: float
+    """Likewise above it."""
+
+
+Curve = Callable[[float], float]
+"""The predicted utilization of a layer at each threshold: the higher that is, the lower."""
+
+
+def fitted(curves: Sequence[Curve], found: Sequence[float]) -> Fitted:
+    """The threshold at which the mean utilization of some layers is that which was found, and how far theirs differ."""
+    own = [math.log(crossing(curve, its)) for curve, its in zip(curves, found, strict=True)]
+    threshold = crossing(lambda at: sum(curve(at) for curve in curves), sum(found))
+    spread = math.exp(stdev(own)) if len(own) > 1 else 1.0
+    return Fitted(threshold, threshold / spread, threshold * spread)
+
+
+MOST, STEPS = 10.0, 14
+"""Nats beyond which no threshold is looked for, and bisections: to a part in a thousand."""
+
+
+def crossing(curve: Curve, level: float) -> float:
+    """The threshold at which a falling curve is at a level: the geometric middle of all, where they are several."""
+
+    def first(below: Callable[[float], bool]) -> float:
+        low, high = math.log(LEAST), math.log(MOST)
+        for _ in range(STEPS):
+            middle = (low + high) / 2
+            low, high = (low, middle) if below(curve(math.exp(middle))) else (middle, high)
+        return (low + high) / 2
+
+    # Sums of quotients: equal ones may differ in their last digits.
+    return math.exp((first(lambda at: at <= level + 1e-9) + first(lambda at: at < level - 1e-9)) / 2)
