@@ -56,6 +56,8 @@ class Measurement:
     """Of the unaltered network on the search split: its accuracy in percent, or what the score gave."""
     search_images: int | None
     """None where the score is not of labels."""
+    thresholds: dict[float, float]
+    """Of predicted ranks, at each epsilon: the divergence in nats up to which a layer is taken to pass."""
 
     @property
     def predicted(self) -> bool:
@@ -136,6 +138,7 @@ def measure(
         flows.moments,
         verdicts.score,
         len(score) if isinstance(score, Labelled) else None,
+        {epsilon: its.threshold for epsilon, its in thresholds.items()},
     )
 
 
