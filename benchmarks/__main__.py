@@ -23,7 +23,17 @@ from utilized_rank.study.provenance import tree_hash
 from .search import ranks_side_by_side
 from .setting import CALIBRATION, CHECKPOINT, EPOCHS, ROOT, SEED, THREADS, setting
 
-NAMES = ("search", "growth", "moments", "eigenbases", "allocation", "deployment", "pipeline", "gpu")
+NAMES = (
+    "search",
+    "prediction",
+    "growth",
+    "moments",
+    "eigenbases",
+    "allocation",
+    "deployment",
+    "pipeline",
+    "gpu",
+)
 REPORT = ROOT / "reports" / "benchmarks"
 
 

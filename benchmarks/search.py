@@ -14,6 +14,7 @@ from utilized_rank.networks.precision import autocast, resolved
 from utilized_rank.ranks.layers import Layer, countable
 from utilized_rank.ranks.measure import layer_ranks
 from utilized_rank.ranks.moments import input_moments
+from utilized_rank.ranks.prediction import guide
 from utilized_rank.ranks.projection import bases
 from utilized_rank.ranks.rank_search import Ranks
 from utilized_rank.ranks.subspaces import Subspace
@@ -24,15 +25,19 @@ from .plain import Plain
 from .setting import Setting
 
 TITLE = "Search: plain bisection against ours"
-EPSILON, MEMORY = 0.5, 2048
+EPSILON, MEMORY, BATCH = 0.5, 2048, 128
 PLAIN = {"plain": "float32", "plain, default precision": "auto"}
 OURS = {
-    "ours, default precision": ("auto", "rank"),
-    "ours": ("float32", "rank"),
-    "ours, utilized rank only": ("float32", "utilized"),
+    "ours, default precision": ("auto", "rank", True),
+    "ours": ("float32", "rank", True),
+    "ours, no prediction": ("float32", "rank", False),
+    "ours, utilized rank only": ("float32", "utilized", True),
 }
+COLOURS = [style.GREY, style.SKY, style.ORANGE, style.BLUE, style.PINK, style.GREEN]
 NOTE = f"""Plain bisection evaluates the whole network on the whole search split for every candidate. Ours gives
-certified boundaries too: k passes and k − 1 fails on the whole split. Layer by layer the searches take turns.
+certified boundaries too: k passes and k − 1 fails on the whole split. It begins where the curvature of the network
+predicts the boundary, which takes a pass forward and back beforehand; without that prediction it bisects by the probe
+alone. Layer by layer the searches take turns.
 Tolerance {EPSILON:g} points. A forward-equivalent is one pass of the split through the network in the same precision.
 Where the ranks differ, passing is not monotone in k and both are boundaries (for the utilized rank alone, compared is
 min(k_S, k_T) of each side by itself)."""
@@ -41,15 +46,18 @@ min(k_S, k_T) of each side by itself)."""
 class Ours:
     """The package's search, with its seconds."""
 
-    def __init__(self, setting: Setting, images: int, precision: str, criterion: str) -> None:
+    def __init__(self, setting: Setting, images: int, precision: str, criterion: str, predicts: bool) -> None:
         self.criterion, self.precision = criterion, precision
         network = setting.network("ResNet-20")
-        self.layers = {layer.name: layer for layer in countable(network).layers}
-        self.trials = Trials(network, Labelled(*setting.search(images)), MEMORY, precision)
+        layers = countable(network).layers
+        self.layers = {layer.name: layer for layer in layers}
+        inputs, labels = setting.search(images)
+        self.trials = Trials(network, Labelled(inputs, labels), MEMORY, precision)
+        self.guide = guide(network, layers, inputs, BATCH) if predicts else None
 
     def ranks(self, name: str, s: Subspace, t: Subspace) -> Ranks:
         """Of one layer."""
-        return layer_ranks(self.layers[name], s, t, self.trials, EPSILON, self.criterion)
+        return layer_ranks(self.layers[name], s, t, self.trials, EPSILON, self.criterion, self.guide)
 
     @property
     def evaluations(self) -> int:
@@ -85,9 +93,9 @@ def measure(setting: Setting) -> pd.DataFrame:
     images = setting.sizes()[0]
     network = setting.network("ResNet-20")
     layers: list[Layer] = countable(network).layers
-    moments = input_moments(network, layers, setting.calibration().split(128))
+    moments = input_moments(network, layers, setting.calibration().split(BATCH))
     makers = {name: (lambda p=p: Bisection(setting, images, p)) for name, p in PLAIN.items()}
-    makers |= {name: (lambda p=p, c=c: Ours(setting, images, p, c)) for name, (p, c) in OURS.items()}
+    makers |= {name: (lambda how=how: Ours(setting, images, *how)) for name, how in OURS.items()}
     searches, rows = {}, []
     for name, make in makers.items():
         began = time.perf_counter()
@@ -159,14 +167,15 @@ def ranks_side_by_side(table: pd.DataFrame) -> pd.DataFrame:
     text = layers.apply(lambda row: f"{row.k_s:.0f}, {row.k_t:.0f}", axis=1)
     wide = layers.assign(ranks=text).pivot(index="layer", columns="search", values="ranks")
     names = list(layers.layer.unique())
-    return wide.loc[names, [*PLAIN, *OURS]].reset_index()
+    return wide.loc[names, [name for name in [*PLAIN, *OURS] if name in wide]].reset_index()
 
 
 def draw(table: pd.DataFrame) -> Figure:
     """Total seconds, and seconds layer by layer."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8), width_ratios=(1, 1.5))
     totals = summary(table).set_index("search")
-    colours = dict(zip(totals.index, [style.GREY, style.SKY, style.ORANGE, style.BLUE, style.GREEN], strict=True))
+    by_name = dict(zip([*PLAIN, *OURS], COLOURS, strict=True))
+    colours = {name: by_name[name] for name in totals.index}
     labels = [f"{name}\n({precision})" for name, precision in totals.precision.items()]
     bars = left.barh(labels, totals.seconds, color=list(colours.values()))
     faster = totals["times faster than plain, float32"]

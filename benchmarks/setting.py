@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from utilized_rank.base.files import read_tensors, write_network
+from utilized_rank.base.files import write_network
 from utilized_rank.datasets import prepare
 from utilized_rank.datasets.data import Dataset
 from utilized_rank.datasets.images import Split
@@ -33,6 +33,10 @@ NETWORKS = {
     "VGG11": Model(architecture="vgg11"),
     "ViT": Model(architecture="vit", dim=96, depth=6, heads=3, patch_size=8),
 }
+DEEPER = {"ResNet-44": Model(architecture="resnet44")}
+"""Public ones that only their ranks are looked at of."""
+PUBLIC = {"ResNet-20": CHECKPOINT, "ResNet-44": SHARED / "checkpoints" / "resnet44-014dd654.th"}
+"""Weights, trained on CIFAR-10."""
 EPOCHS = {"cifar10": {"VGG11": 2, "ViT": 6}, "digits": {"ResNet-20": 6, "VGG11": 3, "ViT": 40}}
 """Trained here, briefly: what is measured is time, but at ranks like those of a real network."""
 
@@ -46,11 +50,11 @@ class Setting:
 
     def network(self, name: str) -> nn.Module:
         """The network of this name in evaluation mode: public, or trained here and kept for the next time."""
-        model, shape, classes = NETWORKS[name], self.dataset.shape, len(self.dataset.classes)
+        model, shape, classes = (NETWORKS | DEEPER)[name], self.dataset.shape, len(self.dataset.classes)
         epochs = EPOCHS[self.name].get(name)
         if epochs is None:
             network = models.build(model, shape, classes)
-            models.start_from(network, read_tensors(CHECKPOINT)[0])
+            models.start_from(network, models.tensors_of(PUBLIC[name]))
             return network.eval()
         path = ROOT / "data" / "benchmarks" / f"{self.name}-{model.architecture}-{epochs}.safetensors"
         if not path.is_file():
@@ -60,6 +64,10 @@ class Setting:
             training.train_supervised(network, self.dataset, recipe, generator, "auto", name)
             write_network(path, network)
         return models.load(path, model, shape, classes)
+
+    def public(self) -> list[str]:
+        """The public networks whose weights are there."""
+        return [name for name, path in PUBLIC.items() if path.is_file()]
 
     def search(self, count: int) -> tuple[Tensor, Tensor]:
         """Images and labels to search on; beyond the split's own number they come again, mirrored."""
@@ -84,8 +92,13 @@ def setting() -> Setting:
     torch.manual_seed(SEED)
     if CHECKPOINT.is_file() and (CIFAR10 / "test.webp").is_file():
         return Setting("cifar10", _cifar10())
-    digits = Data(source="sklearn", dataset="digits", image_size=32, search=0.3, test=0.1)
-    return Setting("digits", prepare.build(digits, SEED, ROOT)[0])
+    return digits()
+
+
+def digits() -> Setting:
+    """Scikit-learn's digits, which are always there."""
+    data = Data(source="sklearn", dataset="digits", image_size=32, search=0.3, test=0.1)
+    return Setting("digits", prepare.build(data, SEED, ROOT)[0])
 
 
 def _cifar10() -> Dataset:

@@ -269,6 +269,25 @@ def test_layers_that_are_never_called_are_left_out_with_the_reason_and_have_no_m
     assert set(result.evaluations.layer) <= {"stem", "head"}
 
 
+def test_a_study_predicts_ranks_with_a_range_and_certifies_none(measured):
+    _, _, result = measured("residual", criterion="predicted")
+    assert result.predicted
+    assert result.thresholds.keys() == {0.0, 5.0, 20.0}
+    assert not result.evaluations.certified.any()
+    table = result.layers
+    assert len(table) == 4 * 3
+    assert bool(((table.r_low <= table.r) & (table.r <= table.r_high)).all())
+    assert 0 < result.mean_layer_utilization()[20.0] <= result.mean_layer_utilization()[0.0] <= 1
+
+
+def test_ranks_of_a_network_without_a_gradient_are_not_predicted(make, images):
+    network = make("residual")
+    dataset = with_labels_of(network, images)
+    network.forward = torch.no_grad()(network.forward)
+    with pytest.raises(StudyError, match=r"measure\.criterion predicted: no gradient"):
+        measure(network, dataset, MEASURE.model_copy(update={"criterion": "predicted"}))
+
+
 def test_an_epsilon_finer_than_one_image_is_refused_before_any_work(make, images):
     network = make("residual")
     dataset = with_labels_of(network, images)

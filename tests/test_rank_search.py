@@ -154,6 +154,86 @@ def test_a_right_guess_saves_all_verdicts_but_those_on_the_boundary(high, data):
     assert asked == [k for k in (first - 1, first) if 0 < k < high]
 
 
+@given(VERDICTS, st.integers(-5, 50), st.integers(-3, 3))
+def test_from_any_start_a_boundary_is_certified_whatever_the_verdicts(verdicts, start, low):
+    """No verdict is asked twice, nor that of an end."""
+    high = low + len(verdicts) + 1
+    asked: dict[int, bool] = {}
+
+    def passes(k: int) -> bool:
+        assert low < k < high
+        assert k not in asked
+        asked[k] = verdicts[k - low - 1]
+        return asked[k]
+
+    k = smallest(passes, low, high, start=start)
+    assert k == high or asked[k]
+    assert k - 1 == low or not asked[k - 1]
+
+
+@given(st.integers(1, 500), st.data())
+def test_from_a_start_that_is_off_by_d_it_takes_about_2_log2_d_questions_more_than_two(high, data):
+    first, start = data.draw(st.integers(1, high)), data.draw(st.integers(-10, 510))
+    guesses = data.draw(st.lists(st.booleans(), min_size=high, max_size=high))
+    asked: list[int] = []
+
+    def passes(k: int) -> bool:
+        asked.append(k)
+        return k >= first
+
+    assert smallest(passes, 0, high, start=start) == first
+    off = abs(min(max(start, 1), max(1, high - 1)) - first)
+    assert len(asked) <= 2 + 2 * off.bit_length()
+    assert smallest(passes, 0, high, lambda k: guesses[k], start) == first
+
+
+@given(st.integers(1, 200), st.data())
+def test_right_guesses_from_any_start_leave_only_the_boundary_to_be_certified(high, data):
+    first, start = data.draw(st.integers(1, high)), data.draw(st.integers(-10, 210))
+    asked: list[int] = []
+
+    def passes(k: int) -> bool:
+        asked.append(k)
+        return k >= first
+
+    assert smallest(passes, 0, high, lambda k: k >= first, start) == first
+    assert asked == [k for k in (first - 1, first) if 0 < k < high]
+
+
+@given(with_guesses(arbitrary()), with_guesses(arbitrary()))
+def test_a_prediction_however_wrong_leaves_the_boundaries_certified(case, other):
+    m, n, passes, likely = case
+    predicted = other[2]
+    for guess in (None, likely):
+        assert_certified(passes, m, n, search(passes, m, n, guess, predicted))
+
+
+@given(with_guesses(monotone()), with_guesses(arbitrary()))
+def test_a_prediction_however_wrong_changes_no_rank_where_passing_is_monotone(case, other):
+    m, n, passes, likely = case
+    predicted = other[2]
+    expected = search(passes, m, n)
+    for guess in (None, likely):
+        assert search(passes, m, n, guess, predicted) == expected
+        assert search_utilized(passes, m, n, guess, predicted).r == min(
+            expected.k_s_alone, expected.k_t_alone, min(m, n)
+        )
+
+
+@given(monotone())
+def test_a_right_prediction_leaves_at_most_two_verdicts_a_boundary(case):
+    """And one whether both sides pass together as they are."""
+    m, n, passes = case
+    asked: set[tuple[int, int]] = set()
+
+    def logged(k_s: int, k_t: int) -> bool:
+        asked.add((k_s, k_t))
+        return passes(k_s, k_t)
+
+    search(logged, m, n, predicted=passes)
+    assert len(asked) <= 2 * 3 + 1
+
+
 @given(with_guesses(arbitrary()))
 def test_the_utilized_search_finds_a_certified_boundary_with_one_side_whole(case):
     m, n, passes, likely = case

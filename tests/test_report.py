@@ -225,7 +225,7 @@ def test_the_committed_index_and_overview_are_of_the_same_numbers(name):
     table = tables.utilization(study, store).set_index("network")
     assert len(used) == len(table) * len(study.measure.epsilons)
     for row in used.itertuples():
-        assert table[tables.mlu_column(row.epsilon)][row.network] == pytest.approx(100 * row.mlu)
+        assert table[tables.mlu_column(study, row.epsilon)][row.network] == pytest.approx(100 * row.mlu)
 
 
 def test_the_device_stands_beside_the_precision_and_another_than_the_processor_says_what_repeats(studied):

@@ -79,7 +79,7 @@ def test_every_number_of_table_1_is_in_the_files_of_training_and_measurement(stu
         assert [row[name] for name in of_training] == [
             trained[name] for name in ("parameters", "test_accuracy", "test_images")
         ]
-        mlu = {epsilon: row[tables.mlu_column(float(epsilon))] for epsilon in measured["mlu"]}
+        mlu = {epsilon: row[tables.mlu_column(study, float(epsilon))] for epsilon in measured["mlu"]}
         assert mlu == {epsilon: 100 * value for epsilon, value in measured["mlu"].items()}
         assert (row["layers counted"], row["left out"]) == (measured["layers_counted"], len(measured["left_out"]))
 
@@ -160,7 +160,7 @@ def test_repeats_have_the_mean_and_the_sample_standard_deviation(studied, steps)
         before = [row_of(store, run, "original", "dense", np.nan).parameters for run in runs]
         mlu = [tables.result(store, "measure", run)["mlu"][f"{epsilon:g}"] for run in runs]
         expected |= {
-            tables.mlu_column(epsilon): [100 * value for value in mlu],
+            tables.mlu_column(study, epsilon): [100 * value for value in mlu],
             f"parameters kept % (ε = {epsilon:g})": [
                 100 * row.parameters / whole for row, whole in zip(made, before, strict=True)
             ],

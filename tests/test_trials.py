@@ -8,11 +8,13 @@ from benchmarks.plain import Plain
 from utilized_rank.networks.evaluation import Labelled
 from utilized_rank.networks.precision import autocast
 from utilized_rank.ranks.layers import Layer, countable
+from utilized_rank.ranks.measure import layer_ranks
 from utilized_rank.ranks.moments import input_moments
+from utilized_rank.ranks.prediction import START, guide
 from utilized_rank.ranks.projection import bases
 from utilized_rank.ranks.rank_search import search, search_utilized
 from utilized_rank.ranks.subspaces import Subspace
-from utilized_rank.ranks.trials import PROBE, Trials, evaluations_table
+from utilized_rank.ranks.trials import PROBE, Trials, evaluations_table, probe
 
 NETWORKS = [
     "residual",
@@ -132,6 +134,27 @@ def test_ranks_found_with_guesses_are_those_of_plain_bisection_where_passing_is_
     assert search_utilized(passes, layer.m, layer.n, likely).r == smaller
 
 
+@pytest.mark.parametrize("start", [1e-5, START, 10.0])
+@pytest.mark.parametrize("criterion", ["rank", "utilized", "energy"])
+def test_a_guide_changes_no_rank_where_passing_is_monotone(points, start, criterion, monkeypatch):
+    """However far its first threshold is off."""
+    network, inputs, labels = points
+    monkeypatch.setattr("utilized_rank.ranks.prediction.START", start)
+    plain = Plain(network, inputs, labels)
+    ((layer, (s, t)),) = subspaces(network, inputs).items()
+    for epsilon in (0.0, 5.0, 20.0):
+        trials = [Trials(network, Labelled(inputs, labels), 64, batch_size=8) for _ in range(2)]
+        its = guide(network, [layer], inputs, 32)
+        assert its.knows(layer)
+        unguided, guided = (
+            layer_ranks(layer, s, t, of, epsilon, criterion, which)
+            for of, which in zip(trials, (None, its), strict=True)
+        )
+        assert guided == unguided
+        if criterion == "rank":
+            assert guided == plain.ranks(layer, s, t, epsilon)
+
+
 def identity(width: int) -> nn.Module:
     """Logits that are the pixels themselves, by a layer."""
     network = nn.Sequential(nn.Flatten(), nn.Linear(width, width, bias=False)).eval()
@@ -231,6 +254,19 @@ def test_images_close_to_another_class_come_first_whether_right_or_wrong():
     assert trials.correct == 7
     order = torch.cat(list(trials._suffix.batches)).tolist()
     assert order == [4, 2, 7, 1, 9, 3, 0, 8, 6, 5]
+
+
+def test_where_nothing_is_certified_the_verdicts_are_those_of_the_probe(case):
+    trials, plain, layer, s, t = case
+    guesses = Trials(plain.network, Labelled(plain.inputs, plain.labels), 64, batch_size=8, certifies=False)
+    assert (guesses.correct, guesses.images, guesses.score) == (trials.correct, trials.images, trials.score)
+    assert sum(map(len, guesses._suffix.batches)) == probe(70) == 14
+    for epsilon in (0.0, 10.0, 40.0):
+        for pair in pairs(layer):
+            guess = guesses.likely(layer, s, t, *pair, epsilon)
+            assert guesses.passes(layer, s, t, *pair, epsilon) == guess
+    assert not evaluations_table(guesses.evaluations).certified.any()
+    assert int(evaluations_table(guesses.evaluations).groupby(["k_s", "k_t"]).images.sum().max()) <= 14
 
 
 def test_a_guess_looks_at_the_probe_and_takes_the_other_images_to_stay(case):

@@ -14,7 +14,7 @@ from ..networks.evaluation import Score
 from ..networks.precision import Precision
 from ..ranks import measure as library
 from ..ranks.layers import Layer, countable
-from ..ranks.measure import Criterion, Row
+from ..ranks.measure import RANGE, Criterion, Row
 from ..ranks.subspaces import numerical_rank
 from .given import InputError, check_start, checked, inputs_of, labelled, standard
 from .utilization import Utilization
@@ -30,6 +30,7 @@ def measure(
     score: Score | None = None,
     centred: bool = False,
     criterion: Criterion = "rank",
+    certify: bool = True,
     precision: Precision = "float32",
     rows: int | None = 4,
     memory: int = 2048,
@@ -40,7 +41,10 @@ def measure(
 
     With ``epsilon``, ranks are searched: the smallest with which the score stays within it (Garg et al. 2024). With
     ``energy`` they are those that hold this fraction of the variance of a layer's inputs and outputs: sooner, without
-    labels. Interrupted from the keyboard, it gives back the layers that are done.
+    labels. Without ``certify``, what a search would find is predicted, for networks of which it takes too long: from
+    one backward pass, and verdicts on five layers that fix how much may be lost.
+
+    Interrupted from the keyboard, it gives back the layers that are done.
 
     Args:
         network: never changed; a copy is measured, in evaluation mode, on its device and in its type.
@@ -53,6 +57,7 @@ def measure(
         score: any function of a network, the higher the better, in place of the accuracy on ``search``.
         centred: with ``energy``: of the deviations from the mean rather than of the values.
         criterion: with ``epsilon``: which ranks are searched (see :data:`utilized_rank.ranks.measure.Criterion`).
+        certify: with ``epsilon``: False predicts the ranks, each with a range (``criterion="predicted"`` is the same).
         precision: of the network's arithmetic in the search.
         rows: that a layer's moment is taken over, as a multiple of its width m; all where it is None.
         memory: MiB that the search may use to keep what flows into a layer.
@@ -69,6 +74,11 @@ def measure(
         raise InputError(f"energy={energy:g} is no fraction: it lies above 0, up to 1")
     if epsilon is not None and not 0 <= epsilon < math.inf:
         raise InputError(f"epsilon={epsilon:g} is no tolerated loss: it is 0 or more")
+    certify = certify and criterion != "predicted"
+    if not certify and energy is not None:
+        raise InputError("ranks at energy= are exact, and need no search: certify=False goes with epsilon=")
+    if not certify and criterion not in ("rank", "predicted"):
+        raise InputError(f"certify=False predicts what criterion='rank' finds, not {criterion!r}")
     goal = None if epsilon is None else goal_of(network, search, score)
     inputs = inputs_of(search if calibration is None else calibration, network, "calibration")
     its, stay = standard(network, inputs[:1])
@@ -84,19 +94,22 @@ def measure(
     if goal is not None:
         assert epsilon is not None
         check_start(goal, its)
-        whole = library.measure(
-            its,
-            goal,
-            inputs,
-            [epsilon],
-            criterion=criterion,
-            precision=precision,
-            rows=rows,
-            memory=memory,
-            batch_size=batch_size,
-            on_layer=lambda of: done(layers[of[0]["layer"]], of[0]),
-            partial=True,
-        )
+        try:
+            whole = library.measure(
+                its,
+                goal,
+                inputs,
+                [epsilon],
+                criterion=criterion if certify else "predicted",
+                precision=precision,
+                rows=rows,
+                memory=memory,
+                batch_size=batch_size,
+                on_layer=lambda of: done(layers[of[0]["layer"]], of[0]),
+                partial=True,
+            )
+        except library.Unpredictable as error:
+            raise InputError(f"certify=False: {error}") from None
         about: dict[str, Any] = {"epsilon": epsilon, "score": whole.score, "search": whole.search_images}
         left_out, moments = whole.left_out, whole.moments
     else:
@@ -135,7 +148,7 @@ def _row(layer: Layer, ranks: Row) -> Row:
         "shape": "×".join(map(str, layer.module.weight.shape)),
         **width,
         "weight_rank": max(map(numerical_rank, layer.weight())),
-        **{name: ranks[name] for name in ("k_s", "k_t", "r")},
+        **{name: ranks[name] for name in ("k_s", "k_t", "r", *RANGE) if name in ranks},
         "utilization": ranks["r"] / layer.width,
     }
 

@@ -22,7 +22,10 @@ class Utilization:
     """What :func:`utilized_rank.measure` found: shown as a table, in a terminal and in a notebook."""
 
     layers: pd.DataFrame
-    """One row a layer: layer, shape (of its weight), m, n, groups, weight_rank, k_s, k_t, r, utilization."""
+    """One row a layer: layer, shape (of its weight), m, n, groups, weight_rank, k_s, k_t, r, utilization.
+
+    Predicted ranks have a range too: r_low, r_high.
+    """
     left_out: dict[str, str]
     """Layers that do not count, and why."""
     moments: dict[str, Moments]
@@ -43,6 +46,23 @@ class Utilization:
         """Mean layer utilization: the mean of r / min(m, n) over the layers that count."""
         return float(self.layers.utilization.mean())
 
+    @property
+    def predicted(self) -> bool:
+        """Whether the ranks are what a search is predicted to find, none of them certified."""
+        return "r_low" in self.layers
+
+    @property
+    def mlu_range(self) -> tuple[float, float]:
+        """The mean layer utilization at the low and at the high end of every predicted rank; twice itself of others."""
+        if not self.predicted:
+            return self.mlu, self.mlu
+        low, high = (float((self.layers[r] / self._width).mean()) for r in ("r_low", "r_high"))
+        return low, high
+
+    @property
+    def _width(self) -> pd.Series:
+        return self.layers[["m", "n"]].min(axis=1)
+
     def to_frame(self) -> pd.DataFrame:
         """The layers, a copy."""
         return self.layers.copy()
@@ -51,7 +71,8 @@ class Utilization:
         """All of it but the moments, as JSON takes it."""
         told = ("energy", "epsilon", "score", "search", "calibration", "left_out")
         rows = self.layers.astype(object).where(self.layers.notna(), None).to_dict("records")
-        return {"mlu": self.mlu, **{name: getattr(self, name) for name in told}, "layers": rows}
+        about = {"mlu": self.mlu, "predicted": self.predicted}
+        return {**about, **{name: getattr(self, name) for name in told}, "layers": rows}
 
     def plot(self, axes: Axes | None = None) -> Axes:
         """Draw the utilization of each layer, and its mean; ``axes`` are made where none are given.
@@ -66,7 +87,10 @@ class Utilization:
             _, axes = plt.subplots(figsize=(max(6.0, width), 3.6), layout="constrained")
         places = range(len(self.layers))
         axes.bar(places, 100 * self.layers.utilization, color=BLUE, width=0.75)
-        axes.axhline(100 * self.mlu, color=GREY, ls="--", lw=1.2, label=f"MLU {100 * self.mlu:.1f}%")
+        if self.predicted:
+            low, high = (100 * self.layers[r] / self._width for r in ("r_low", "r_high"))
+            axes.vlines(places, low, high, color=GREY, lw=1.2, label="range of the prediction")
+        axes.axhline(100 * self.mlu, color=GREY, ls="--", lw=1.2, label=self._mean())
         step = max(1, -(-len(self.layers) // 60))
         axes.set_xticks(list(places)[::step], list(self.layers.layer)[::step], rotation=90, fontsize=7)
         axes.set(ylabel="utilization r / min(m, n) (%)", ylim=(0, 100), xlim=(-0.7, len(self.layers) - 0.3))
@@ -79,11 +103,15 @@ class Utilization:
         if self.energy is not None:
             return f"at {self.energy:g} of the variance of {self.calibration:,} inputs"
         unit = "" if self.search is None else f" points of {self.score:.2f}%, on {self.search:,} inputs"
-        return f"within {self.epsilon:g}{unit}"
+        return f"{'predicted, not certified: ' if self.predicted else ''}within {self.epsilon:g}{unit}"
+
+    def _mean(self) -> str:
+        low, high = self.mlu_range
+        return f"MLU {self.mlu:.1%}" + (f" ({low:.1%} to {high:.1%})" if self.predicted else "")
 
     def _shown(self) -> pd.DataFrame:
         shown = self.layers.drop(columns=["m", "n", "groups"]).rename(
-            columns={"weight_rank": "rank of W", "k_s": "k_S", "k_t": "k_T"}
+            columns={"weight_rank": "rank of W", "k_s": "k_S", "k_t": "k_T", "r_low": "r from", "r_high": "to"}
         )
         return shown.assign(utilization=[f"{100 * share:.1f}%" for share in shown.utilization])
 
@@ -91,11 +119,11 @@ class Utilization:
         return [f"{name}: {why}" for name, why in self.left_out.items()]
 
     def __repr__(self) -> str:
-        lines = [self._shown().to_string(index=False), "", f"MLU {100 * self.mlu:.1f}%, {self._how()}"]
+        lines = [self._shown().to_string(index=False), "", f"{self._mean()}, {self._how()}"]
         return "\n".join([*lines, *([f"left out ({len(self.left_out)}):", *self._left()] if self.left_out else [])])
 
     def _repr_html_(self) -> str:
         left = "".join(f"<li>{html.escape(line)}</li>" for line in self._left())
         left = f"<details><summary>{len(self.left_out)} left out</summary><ul>{left}</ul></details>" if left else ""
         table = self._shown().to_html(index=False, border=0, max_rows=200)
-        return f"<p><b>MLU {100 * self.mlu:.1f}%</b>, {html.escape(self._how())}</p>{table}{left}"
+        return f"<p><b>{self._mean()}</b>, {html.escape(self._how())}</p>{table}{left}"

@@ -119,7 +119,7 @@ def compare(first: Path, second: Path, out: Path | None) -> str:
         difference = (other.utilization - one.utilization).map("{:+.1%}".format)
         shown += ["", pd.DataFrame({"layer": one.layer, **columns, "difference": difference}).to_string(index=False)]
     if _at(records[0]) != _at(records[1]):
-        shown += ["", "They were measured at different tolerances: their MLUs do not compare."]
+        shown += ["", "They were measured at different tolerances, or one is predicted: their MLUs do not compare."]
     if out is not None:
         style.use()
         style.save(utilizations(tables), out)
@@ -129,7 +129,9 @@ def compare(first: Path, second: Path, out: Path | None) -> str:
 
 
 def _at(record: dict[str, Any]) -> str:
-    return f"energy {record['energy']:g}" if record["epsilon"] is None else f"ε = {record['epsilon']:g}"
+    if record["epsilon"] is None:
+        return f"energy {record['energy']:g}"
+    return f"ε = {record['epsilon']:g}{', predicted' if record.get('predicted') else ''}"
 
 
 def _record(folder: Path) -> dict[str, Any]:

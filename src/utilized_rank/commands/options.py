@@ -10,6 +10,7 @@ import typer
 
 MODELS = "timm/NAME, torchvision/NAME, resnet20 (32, 44, 56, 110), vgg11, or package.module:function"
 FOLDER = "a folder with a directory of images for each class; or train/ and test/ with such"
+SEARCHED = "which ranks are searched; predicted: none, soon, with a range"
 TRIPLE = "of each channel, in [0, 1], such as 0.485,0.456,0.406"
 Model = Annotated[str, typer.Argument(help=MODELS)]
 Images = Annotated[Path, typer.Option("--data", help=FOLDER)]
@@ -24,7 +25,7 @@ Part = Annotated[float | None, typer.Option(help="part of these that may remain,
 Tolerated = Annotated[float | None, typer.Option(min=0, help="search ranks: tolerated loss, points of accuracy")]
 Energy = Annotated[float | None, typer.Option(help="no search, no labels: part of the variance to hold (0.99)")]
 Within = Annotated[float | None, typer.Option(min=0, help="the smallest network within so many points of accuracy")]
-Criterion = Annotated[Literal["rank", "utilized", "energy"], typer.Option(help="which ranks are searched")]
+Criterion = Annotated[Literal["rank", "utilized", "energy", "predicted"], typer.Option(help=SEARCHED)]
 Precision = Annotated[Literal["auto", "float32", "bfloat16"], typer.Option(help="of the search")]
 Method = Annotated[Literal["compensated", "optimal", "svd", "projection"], typer.Option(help="of the weights")]
 Epochs = Annotated[int, typer.Option(min=0, help="train it on, on the training images")]

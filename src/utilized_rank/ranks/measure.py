@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import pandas as pd
@@ -16,16 +17,23 @@ from ..networks.evaluation import Labelled, Score
 from ..networks.precision import Precision
 from .layers import Layer, countable
 from .moments import Budget, Moments, input_moments
+from .prediction import Curve, Divergence, Fitted, Guide, fitted, guide, handful
 from .projection import bases
 from .rank_search import Ranks, search, search_energy, search_utilized
 from .subspaces import Subspace, energy_rank, output_spectrum, spectrum
 from .trials import Scored, Trials, evaluations_table, trials
 
-Criterion = Literal["rank", "utilized", "energy"]
-"""Search k_S and k_T each on its own; only the smaller of them; or one energy threshold for both."""
+Criterion = Literal["rank", "utilized", "energy", "predicted"]
+"""Search k_S and k_T each on its own; only the smaller of them; or one energy threshold for both. Or predict them from
+one backward pass and a handful of layers: none is certified."""
 Row = dict[str, Any]
 """Of a table of layers."""
+UNREACHED = "no gradient of the predictions reaches it: its rank cannot be predicted"
 UNCALLED = "its module is never called: the network reads its weight, or does not use it"
+
+
+class Unpredictable(ValueError):
+    """No rank of a network can be predicted: the message says why, and what to do."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +41,10 @@ class Measurement:
     """What :func:`measure` found."""
 
     layers: pd.DataFrame
-    """One row a layer and epsilon: layer, m, n, groups, epsilon, k_s, k_t, k_s_alone, k_t_alone, r, utilization."""
+    """One row a layer and epsilon: layer, m, n, groups, epsilon, k_s, k_t, k_s_alone, k_t_alone, r, utilization.
+
+    Predicted ones have a range too: r_low, r_high.
+    """
     left_out: dict[str, str]
     """Layers that do not count, and why."""
     evaluations: pd.DataFrame
@@ -45,6 +56,13 @@ class Measurement:
     """Of the unaltered network on the search split: its accuracy in percent, or what the score gave."""
     search_images: int | None
     """None where the score is not of labels."""
+    thresholds: dict[float, float]
+    """Of predicted ranks, at each epsilon: the divergence in nats up to which a layer is taken to pass."""
+
+    @property
+    def predicted(self) -> bool:
+        """Whether the ranks are predictions, none of them certified."""
+        return RANGE[0] in self.layers
 
     def mean_layer_utilization(self) -> dict[float, float]:
         """MLU at each epsilon: the mean of r / min(m, n) over the layers that count."""
@@ -82,17 +100,29 @@ def measure(
 
     Raises:
         FloatingPointError: a layer receives NaN or Inf.
+        Unpredictable: ranks are to be predicted, of a network without a gradient.
     """
-    flows = inputs_of(network, gathered(calibration), rows, batch_size)
-    verdicts = trials(network, score, memory, precision)
-    found: list[Row] = []
+    inputs = gathered(calibration)
+    flows = inputs_of(network, inputs, rows, batch_size)
+    begins = guide(network, flows.layers, unseen(score, inputs), batch_size)
+    certifies = criterion != "predicted"
+    if not certifies:
+        flows = _reached(flows, begins)
+    verdicts = trials(network, score, memory, precision, certifies)
+    thresholds = {} if certifies else _fitted(flows, begins, verdicts, epsilons)
+
+    def of(layer: Layer, s: Subspace, t: Subspace, epsilon: float) -> Row:
+        if not certifies:
+            return _predicted(layer, begins.divergence(layer, s, t), thresholds[epsilon], epsilon)
+        return row(layer, layer_ranks(layer, s, t, verdicts, epsilon, criterion, begins), epsilon=epsilon)
+
     left_out = dict(flows.left_out)
+    found: list[Row] = []
     try:
-        for layer in tqdm(flows.layers, desc="rank search", unit="layer"):
+        for layer in tqdm(flows.layers, desc="rank search" if certifies else "prediction", unit="layer"):
             # No rank beyond min(m, n) is tried, but an energy threshold is a part of all eigenvalues.
             s, t = bases(layer, flows.moments[layer.name], None if criterion == "energy" else layer.width)
-            ranks = {epsilon: layer_ranks(layer, s, t, verdicts, epsilon, criterion) for epsilon in epsilons}
-            its = [row(layer, ranks[epsilon], epsilon=epsilon) for epsilon in epsilons]
+            its = [of(layer, s, t, epsilon) for epsilon in epsilons]
             found += its
             on_layer(its)
     except KeyboardInterrupt:
@@ -108,7 +138,53 @@ def measure(
         flows.moments,
         verdicts.score,
         len(score) if isinstance(score, Labelled) else None,
+        {epsilon: its.threshold for epsilon, its in thresholds.items()},
     )
+
+
+def _reached(flows: Flows, begins: Guide) -> Flows:
+    """The layers that ranks can be predicted of.
+
+    Raises:
+        Unpredictable: there is none.
+    """
+    layers = [layer for layer in flows.layers if begins.knows(layer)]
+    if not layers:
+        raise Unpredictable("no gradient of the network's predictions reaches a layer: search its ranks instead")
+    unreached = {layer.name: UNREACHED for layer in flows.layers if not begins.knows(layer)}
+    return Flows(layers, {layer.name: flows.moments[layer.name] for layer in layers}, flows.left_out | unreached)
+
+
+def _fitted(flows: Flows, begins: Guide, verdicts: Trials | Scored, epsilons: Sequence[float]) -> dict[float, Fitted]:
+    """The threshold of each tolerance, from the verdicts on a handful of layers."""
+    curves: list[Curve] = []
+    found: dict[float, list[float]] = {epsilon: [] for epsilon in epsilons}
+    for layer in tqdm(handful(flows.layers), desc="threshold", unit="layer"):
+        s, t = bases(layer, flows.moments[layer.name], layer.width)
+        curves.append(partial(_utilization, layer, begins.divergence(layer, s, t)))
+        for epsilon in epsilons:
+            found[epsilon].append(layer_ranks(layer, s, t, verdicts, epsilon, "rank", begins).r / layer.width)
+    return {epsilon: fitted(curves, its) for epsilon, its in found.items()}
+
+
+def _utilization(layer: Layer, divergence: Divergence, threshold: float) -> float:
+    return divergence.ranks(threshold).r / layer.width if divergence.whole > 0 else 0.0
+
+
+RANGE = ["r_low", "r_high"]
+"""Columns of a prediction's range."""
+
+
+def _predicted(layer: Layer, divergence: Divergence, threshold: Fitted, epsilon: float) -> Row:
+    if divergence.whole == 0:  # a dead layer
+        return row(layer, Ranks(0, 0, 0, 0, 0), epsilon=epsilon) | dict.fromkeys(RANGE, 0)
+    ranks, low, high = map(divergence.ranks, (threshold.threshold, threshold.high, threshold.low))
+    return row(layer, ranks, epsilon=epsilon) | dict(zip(RANGE, sorted((low.r, high.r)), strict=True))
+
+
+def unseen(score: Score, calibration: Batches) -> Batches:
+    """Inputs that curvature is taken over: those of the search split, which no one trains on, where there is one."""
+    return score.inputs if isinstance(score, Labelled) else calibration
 
 
 def interrupted(layers: list[Layer], found: list[Row]) -> dict[str, str]:
@@ -158,22 +234,37 @@ def energy_ranks(layer: Layer, moments: Moments, energy: float, centred: bool = 
 
 
 def layer_ranks(
-    layer: Layer, s: Subspace, t: Subspace, verdicts: Trials | Scored, epsilon: float, criterion: Criterion
+    layer: Layer,
+    s: Subspace,
+    t: Subspace,
+    verdicts: Trials | Scored,
+    epsilon: float,
+    criterion: Criterion,
+    guide: Guide | None = None,
 ) -> Ranks:
-    """The ranks of one layer at one tolerance; all 0 for a dead one (no input, or no output, ever)."""
+    """The ranks of one layer at one tolerance; all 0 for a dead one (no input, or no output, ever).
+
+    A guide says where to begin, and learns from the verdicts: fewer are asked, and what is found is certified as ever.
+    """
     if float(t.values.sum()) == 0:
         return Ranks(0, 0, 0, 0, 0)
+    known = guide if guide is not None and guide.knows(layer) else None
 
     def passes(k_s: int, k_t: int) -> bool:
-        return verdicts.passes(layer, s, t, k_s, k_t, epsilon)
+        verdict = verdicts.passes(layer, s, t, k_s, k_t, epsilon)
+        if known is not None:
+            known.learn(layer, s, t, k_s, k_t, epsilon, verdict)
+        return verdict
 
-    guess = verdicts.likely
-    likely = None if guess is None else lambda k_s, k_t: guess(layer, s, t, k_s, k_t, epsilon)
+    likely, predicted = (
+        None if guess is None else lambda k_s, k_t, guess=guess: guess(layer, s, t, k_s, k_t, epsilon)
+        for guess in (verdicts.likely, None if known is None else known.predicted)
+    )
     if criterion == "energy":
-        return search_energy(passes, layer.m, layer.n, _over_groups(s), _over_groups(t), likely)
+        return search_energy(passes, layer.m, layer.n, _over_groups(s), _over_groups(t), likely, predicted)
     if criterion == "utilized":
-        return search_utilized(passes, layer.m, layer.n, likely)
-    return search(passes, layer.m, layer.n, likely)
+        return search_utilized(passes, layer.m, layer.n, likely, predicted)
+    return search(passes, layer.m, layer.n, likely, predicted)
 
 
 def _over_groups(subspace: Subspace) -> torch.Tensor:

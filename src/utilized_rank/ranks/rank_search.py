@@ -33,7 +33,13 @@ class Ranks:
     """Utilized rank, min(k_S, k_T) (Garg et al. 2024)."""
 
 
-def smallest(passes: Callable[[int], bool], low: int, high: int, likely: Callable[[int], bool] | None = None) -> int:
+def smallest(
+    passes: Callable[[int], bool],
+    low: int,
+    high: int,
+    likely: Callable[[int], bool] | None = None,
+    start: int | None = None,
+) -> int:
     """The smallest k in (low, high] found by bisection: it passes, and k - 1 fails or is ``low``.
 
     Args:
@@ -42,21 +48,39 @@ def smallest(passes: Callable[[int], bool], low: int, high: int, likely: Callabl
         high: known to pass.
         likely: a guess of the verdict that costs less. Bisection goes by guesses, and by verdicts where they
             are known; its k and k - 1 are then certified, and it goes anew where a guess was wrong.
+        start: where k is expected. It is looked for from there in steps that double, until it is enclosed: a start that
+            is off by d takes about 2 log2 d questions more than one that is right, which takes two.
     """
-    if likely is None:
-        return _bisected(passes, low, high)
     known = {low: False, high: True}
 
-    def is_as_guessed(k: int, guess: bool) -> bool:
+    def verdict(k: int) -> bool:
         if k not in known:
             known[k] = passes(k)
-        return known[k] is guess
+        return known[k]
 
+    guess = verdict if likely is None else lambda k: known[k] if k in known else likely(k)
     while True:
-        k = _bisected(lambda k: known[k] if k in known else likely(k), low, high)
+        start = k = _bisected(guess, *_enclosed(guess, low, high, start))
         # What fails is told sooner than what passes, so it is asked first.
-        if is_as_guessed(k - 1, False) and is_as_guessed(k, True):
+        if not verdict(k - 1) and verdict(k):
             return k
+
+
+def _enclosed(passes: Callable[[int], bool], low: int, high: int, start: int | None) -> tuple[int, int]:
+    """Ends in [low, high], the first of which fails and the second passes, on either side of a boundary near start."""
+    if start is None or high - low < 2:
+        return low, high
+    first, step = min(max(start, low + 1), high - 1), 1
+    down = passes(first)
+    low, high = (low, first) if down else (first, high)
+    while high - low > step:
+        k = high - step if down else low + step
+        turned = passes(k) is not down
+        low, high = (k, high) if down is turned else (low, k)
+        if turned:
+            break
+        step *= 2
+    return low, high
 
 
 def _bisected(passes: Callable[[int], bool], low: int, high: int) -> int:
@@ -73,13 +97,14 @@ Path = Callable[[int], tuple[int, int]]
 """(k_S, k_T) for each k."""
 
 
-def _along(path: Path, passes: Passes, likely: Passes | None, low: int, high: int) -> int:
+def _along(path: Path, passes: Passes, likely: Passes | None, predicted: Passes | None, low: int, high: int) -> int:
     """The smallest k in (low, high] whose (k_S, k_T) passes; that of ``high`` is known to."""
     guess = None if likely is None else lambda k: likely(*path(k))
-    return smallest(lambda k: passes(*path(k)), low, high, guess)
+    start = None if predicted is None else _bisected(lambda k: predicted(*path(k)), low, high)
+    return smallest(lambda k: passes(*path(k)), low, high, guess, start)
 
 
-def search(passes: Passes, m: int, n: int, likely: Passes | None = None) -> Ranks:
+def search(passes: Passes, m: int, n: int, likely: Passes | None = None, predicted: Passes | None = None) -> Ranks:
     """Search k_S and k_T each on its own, then let both grow together until W' passes.
 
     Args:
@@ -87,6 +112,7 @@ def search(passes: Passes, m: int, n: int, likely: Passes | None = None) -> Rank
         m: input width.
         n: output width.
         likely: a guess of the verdict that costs less (see :func:`smallest`).
+        predicted: a guess that costs nothing: it says where to start.
 
     Only k up to min(m, n) are tried, since r = min(k_S, k_T) cannot exceed it; a side that needs more
     is left whole.
@@ -97,15 +123,17 @@ def search(passes: Passes, m: int, n: int, likely: Passes | None = None) -> Rank
         return _or_whole(k_s + steps, width, m), _or_whole(k_t + steps, width, n)
 
     # One more than the width stands for the whole side, which is the unaltered layer: it passes.
-    k_s = _or_whole(_along(lambda k: (_or_whole(k, width, m), n), passes, likely, 0, width + 1), width, m)
-    k_t = _or_whole(_along(lambda k: (m, _or_whole(k, width, n)), passes, likely, 0, width + 1), width, n)
+    k_s = _or_whole(_along(lambda k: (_or_whole(k, width, m), n), passes, likely, predicted, 0, width + 1), width, m)
+    k_t = _or_whole(_along(lambda k: (m, _or_whole(k, width, n)), passes, likely, predicted, 0, width + 1), width, n)
     # Most of the time W' passes as it is. Growing by the whole width leaves the layer unaltered.
-    steps = 0 if passes(k_s, k_t) else _along(grown, passes, likely, 0, width)
+    steps = 0 if passes(k_s, k_t) else _along(grown, passes, likely, predicted, 0, width)
     joint_s, joint_t = grown(steps)
     return Ranks(joint_s, joint_t, k_s, k_t, min(joint_s, joint_t, width))
 
 
-def search_utilized(passes: Passes, m: int, n: int, likely: Passes | None = None) -> Ranks:
+def search_utilized(
+    passes: Passes, m: int, n: int, likely: Passes | None = None, predicted: Passes | None = None
+) -> Ranks:
     """Search min(k_S, k_T) only, each side on its own; W is projected on the side that gives it, the other whole.
 
     The narrower side is searched. Where the wider one fails just below that rank, it needs at least as
@@ -116,6 +144,7 @@ def search_utilized(passes: Passes, m: int, n: int, likely: Passes | None = None
         m: input width.
         n: output width.
         likely: a guess of the verdict that costs less (see :func:`smallest`).
+        predicted: a guess that costs nothing: it says where to start.
     """
 
     def narrow(k: int) -> tuple[int, int]:
@@ -124,17 +153,23 @@ def search_utilized(passes: Passes, m: int, n: int, likely: Passes | None = None
     def wide(k: int) -> tuple[int, int]:
         return (k, n) if n <= m else (m, k)
 
-    first = _along(narrow, passes, likely, 0, min(m, n))
+    first = _along(narrow, passes, likely, predicted, 0, min(m, n))
     other = None
     if first > 1 and passes(*wide(first - 1)):
-        other = _along(wide, passes, likely, 0, first - 1)
+        other = _along(wide, passes, likely, predicted, 0, first - 1)
     k_s, k_t = narrow(first) if other is None else wide(other)
     k_s_alone, k_t_alone = (other, first) if n <= m else (first, other)
     return Ranks(k_s, k_t, k_s_alone, k_t_alone, min(k_s, k_t))
 
 
 def search_energy(
-    passes: Passes, m: int, n: int, values_s: Tensor, values_t: Tensor, likely: Passes | None = None
+    passes: Passes,
+    m: int,
+    n: int,
+    values_s: Tensor,
+    values_t: Tensor,
+    likely: Passes | None = None,
+    predicted: Passes | None = None,
 ) -> Ranks:
     """Search one energy threshold for both sides: the smallest (k_S(e), k_T(e)) that passes.
 
@@ -145,11 +180,12 @@ def search_energy(
         values_s: all eigenvalues of C_S, descending, (m,).
         values_t: the eigenvalues of C_T, descending; zeros beyond min(m, n) may be left out.
         likely: a guess of the verdict that costs less (see :func:`smallest`).
+        predicted: a guess that costs nothing: it says where to start.
     """
     width = min(m, n)
     path = [(_or_whole(a, width, m), _or_whole(b, width, n)) for a, b in energy_path(values_s, values_t)]
     path = [*dict.fromkeys(path), (m, n)]
-    k_s, k_t = path[_along(lambda i: path[i], passes, likely, -1, len(path) - 1)]
+    k_s, k_t = path[_along(lambda i: path[i], passes, likely, predicted, -1, len(path) - 1)]
     return Ranks(k_s, k_t, k_s, k_t, min(k_s, k_t, width))
 
 

@@ -67,6 +67,7 @@ class Trials:
         memory: MiB that intermediate values of the network may take.
         precision: of the network's arithmetic, the unaltered one's too.
         batch_size: images looked at before the next check whether the verdict is certain.
+        certifies: whether verdicts are those of the whole split; else all are guesses, and only the probe is kept.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class Trials:
         memory: int,
         precision: Precision = "float32",
         batch_size: int = 64,
+        certifies: bool = True,
     ) -> None:
         device = device_of(network)
         self._device, self._looks = device.type, looks(device)
@@ -84,14 +86,17 @@ class Trials:
             logits = outputs(network, search.inputs, batch_size)
         labels = search.labels.to(device)
         order = _order(_margin(logits, labels))
-        self.images = len(labels)
+        self.images, self.certifies = len(labels), certifies
+        if not certifies:
+            order = order[: probe(self.images)]
         self._labels = labels[order].split(batch_size)
-        right = (logits.argmax(1) == labels)[order].split(batch_size)
-        self._right_before = [0, *accumulate(torch.stack([batch.sum() for batch in right]).tolist())]
+        right = logits.argmax(1) == labels
+        by_batch = torch.stack([batch.sum() for batch in right[order].split(batch_size)])
+        self._right_before = [0, *accumulate(by_batch.tolist())]
         self._suffix = Suffix(Traced(network), search.inputs, order.cpu().split(batch_size), memory * 2**20)
         self._layer: Layer | None = None
         self._share = 1.0
-        self.correct = self._right_before[-1]
+        self.correct = int(right.sum())
         """Images that the unaltered network classifies correctly."""
         self._trials: dict[tuple[str, int, int], Trial] = {}
         self.evaluations: list[Evaluation] = []
@@ -103,8 +108,11 @@ class Trials:
         return math.ceil(self.correct - epsilon / 100 * self.images - 1e-9)
 
     def passes(self, layer: Layer, s: Subspace, t: Subspace, k_s: int, k_t: int, epsilon: float) -> bool:
-        """Whether the network stays within ``epsilon`` points with W' = P_S W P_T in ``layer``: on the whole split."""
-        return self._ask(layer, s, t, k_s, k_t, epsilon, certified=True)
+        """Whether the network stays within ``epsilon`` points with W' = P_S W P_T in ``layer``: on the whole split.
+
+        A guess (:meth:`likely`) where nothing is certified.
+        """
+        return self._ask(layer, s, t, k_s, k_t, epsilon, self.certifies)
 
     def likely(self, layer: Layer, s: Subspace, t: Subspace, k_s: int, k_t: int, epsilon: float) -> bool:
         """A guess of :meth:`passes` from the probe, the first images: the others are taken to stay as they are."""
@@ -211,10 +219,12 @@ class Scored:
         return verdict
 
 
-def trials(network: nn.Module, score: Score, memory: int, precision: Precision) -> Trials | Scored:
+def trials(
+    network: nn.Module, score: Score, memory: int, precision: Precision, certifies: bool = True
+) -> Trials | Scored:
     """All trials on one network: of labels, with an exact early stop; of any other score, evaluated whole."""
     if isinstance(score, Labelled):
-        return Trials(network, score, memory, precision)
+        return Trials(network, score, memory, precision, certifies=certifies)
     return Scored(network, score, precision)
 
 
@@ -237,6 +247,10 @@ def _order(margin: Tensor) -> Tensor:
     After the probe, those that were wrong already come first: a trial fails when too many are.
     """
     closest = margin.abs().argsort(stable=True)
-    probe = math.ceil(PROBE * len(margin))
-    rest = closest[probe:]
-    return torch.cat([closest[:probe], rest[margin[rest].argsort(stable=True)]])
+    rest = closest[probe(len(margin)) :]
+    return torch.cat([closest[: probe(len(margin))], rest[margin[rest].argsort(stable=True)]])
+
+
+def probe(images: int) -> int:
+    """How many of them a guess looks at."""
+    return math.ceil(PROBE * images)

@@ -185,7 +185,7 @@ def write_index(
         search_precision=result(store, "measure", next(iter(study.runs)))["search_precision"],
         search_images=result(store, "train", next(iter(study.runs)))["search_images"],
         device=record["device"],
-        cards=_cards(sheets["table1-utilization"], tuned, epsilon),
+        cards=_cards(study, sheets["table1-utilization"], tuned, epsilon),
         sheets=sheets,
         epsilon=epsilon,
         notebooks=links,
@@ -217,12 +217,12 @@ def write_latencies(study: Study, store: Store) -> None:
         write_text(store.report("latencies.html"), page)
 
 
-def _cards(utilization: pd.DataFrame, tuned: pd.DataFrame, epsilon: float) -> list[dict[str, str]]:
+def _cards(study: Study, utilization: pd.DataFrame, tuned: pd.DataFrame, epsilon: float) -> list[dict[str, str]]:
     """The headline of each network."""
     at = tuned[tuned.epsilon == epsilon].set_index("label")
     return [
         {
-            "value": f"{row[mlu_column(epsilon)]:.0f}%",
+            "value": f"{row[mlu_column(study, epsilon)]:.0f}%",
             "label": row["network"],
             "detail": f"{row['test accuracy %']:.1f}% accurate; decomposed to {at.parameters_kept[row['network']]:.0%} "
             f"of its parameters and fine-tuned: {at.change[row['network']]:+.1f} points",

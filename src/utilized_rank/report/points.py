@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pandas as pd
 
 from ..base.store import Store
@@ -35,7 +37,7 @@ def layers(store: Store, labels: dict[str, str]) -> pd.DataFrame:
                     "shape": [_shape(row) for row in table.itertuples()],
                     "k_S": table.k_s.map(str),
                     "k_T": table.k_t.map(str),
-                    "r": [f"{row.r} of {min(row.m, row.n)}" for row in table.itertuples()],
+                    "r": [f"{row.r} of {min(row.m, row.n)}{_range(row)}" for row in table.itertuples()],
                     "utilization": (100 * table.utilization).map("{:.1f}%".format),
                     "ε": table.epsilon.map("{:g} points".format),
                 }
@@ -45,6 +47,10 @@ def layers(store: Store, labels: dict[str, str]) -> pd.DataFrame:
 
 
 LAYER_WORDS = ["network", "layer", "shape", "k_S", "k_T", "r", "utilization", "ε"]
+
+
+def _range(row: Any) -> str:
+    return f", predicted ({row.r_low} to {row.r_high})" if hasattr(row, "r_low") else ""
 
 
 def _shape(row: object) -> str:

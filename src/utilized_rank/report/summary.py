@@ -54,12 +54,13 @@ def summary(study: Study, store: Store, all_steps: pd.DataFrame) -> dict[str, An
     Of a run that has a frontier, too: by weights, choice of ranks and step, of the first seed.
     """
     runs: dict[str, Any] = {}
+    how = ", MLU predicted" if study.measure.criterion == "predicted" else ""
     low_rank = tuned(study, all_steps)
     for key in study.runs:
         compressed = {f"{row.epsilon:g}": _kept_and_lost(row) for row in low_rank[low_rank.run == key].itertuples()}
         runs[key] = {
             "label": study.runs[key].label,
-            "training": training_name(study, study.runs[key]),
+            "training": training_name(study, study.runs[key]) + how,
             "supervision": supervision(study, study.runs[key]),
             "test_accuracy": result(store, "train", key)["test_accuracy"],
             "mlu": result(store, "measure", key)["mlu"],

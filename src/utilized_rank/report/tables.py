@@ -54,9 +54,9 @@ def searches_test(study: Study) -> bool:
     return any(study.search_from(key) == "test" for key in study.runs)
 
 
-def mlu_column(epsilon: float) -> str:
-    """The heading of a column of mean layer utilization."""
-    return f"MLU % (ε = {epsilon:g})"
+def mlu_column(study: Study, epsilon: float) -> str:
+    """The heading of a column of mean layer utilization, which says so where it is predicted."""
+    return f"MLU % (ε = {epsilon:g}{', predicted' if study.measure.criterion == 'predicted' else ''})"
 
 
 def utilization(study: Study, store: Store) -> pd.DataFrame:
@@ -64,7 +64,7 @@ def utilization(study: Study, store: Store) -> pd.DataFrame:
     table = []
     for key, run in study.runs.items():
         trained, measured = result(store, "train", key), result(store, "measure", key)
-        mlu = {mlu_column(e): 100 * measured["mlu"][f"{e:g}"] for e in study.measure.epsilons}
+        mlu = {mlu_column(study, e): 100 * measured["mlu"][f"{e:g}"] for e in study.measure.epsilons}
         table.append(
             {
                 "network": run.label,
@@ -204,7 +204,7 @@ def repeats(study: Study, store: Store, all_steps: pd.DataFrame) -> pd.DataFrame
         for epsilon in study.measure.epsilons:
             at = low_rank[(low_rank.epsilon == epsilon) & low_rank.run.isin(group.runs)]
             quantities |= {
-                mlu_column(epsilon): [100 * mlu[f"{epsilon:g}"] for mlu in measured],
+                mlu_column(study, epsilon): [100 * mlu[f"{epsilon:g}"] for mlu in measured],
                 f"parameters kept % (ε = {epsilon:g})": [100 * kept for kept in at.parameters_kept],
                 f"change after fine-tuning, points (ε = {epsilon:g})": list(at.change),
             }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from ..base.sections import StudyError
 from ..datasets.data import Dataset
 from ..networks.evaluation import Labelled
 from ..ranks import measure as library
@@ -16,11 +17,15 @@ def measure(network: nn.Module, dataset: Dataset, parameters: Measure) -> Measur
     """Measure the utilized rank of every layer that counts, as ``parameters`` say.
 
     Raises:
-        StudyError: an epsilon is finer than one image of the search split.
+        StudyError: an epsilon is finer than one image of the search split; or ranks are to be predicted of a network
+            without a gradient.
         FloatingPointError: a layer receives NaN or Inf.
     """
     check_resolution(len(dataset.splits["search"]), parameters.epsilons)
     how = parameters.model_dump(exclude={"calibration_images", "epsilons", "qkv"})
     calibration = dataset.inputs("train", parameters.calibration_images)
     search = Labelled(dataset.inputs("search"), dataset.labels("search"))
-    return library.measure(network, search, calibration, parameters.epsilons, **how)
+    try:
+        return library.measure(network, search, calibration, parameters.epsilons, **how)
+    except library.Unpredictable as error:
+        raise StudyError(f"measure.criterion predicted: {error}") from None

@@ -39,8 +39,9 @@ class Measure(Section):
     epsilons: list[Percent] = []
     """Tolerated loss of accuracy on the search split, in percentage points; where none is named, 1 and 2, or the finest
     that the search split resolves (:meth:`resolved`)."""
-    criterion: Literal["rank", "utilized", "energy"] = "rank"
-    """Search k_S and k_T each on its own; only the smaller of them; or one energy threshold for both."""
+    criterion: Literal["rank", "utilized", "energy", "predicted"] = "rank"
+    """Search k_S and k_T each on its own; only the smaller of them; or one energy threshold for both. Or predict what
+    the first of these would find, where it would take too long: nothing is certified."""
     precision: Precision = "auto"
     """Of the network's arithmetic in the rank search, the unaltered one's too."""
     rows: Positive | None = 4

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import matplotlib.pyplot as plt
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from .style import (
@@ -35,13 +36,22 @@ def utilization(layers: pd.DataFrame) -> Figure:
     for epsilon, colour in epsilon_colours(list(layers.epsilon.unique())).items():
         rows = layers[layers.epsilon == epsilon]
         mean = 100 * rows.utilization.mean()
-        label = f"{epsilon_label(epsilon)}: MLU {mean:.0f}%"
+        label = f"{epsilon_label(epsilon)}: MLU {mean:.0f}%{_range(axes, rows, colour)}"
         axes.plot(range(len(rows)), 100 * rows.utilization, "o-", ms=4, color=colour, label=label)
         axes.axhline(mean, color=colour, ls="--", lw=1)
     layer_axis(axes, [short(name) for name in rows.layer])
     axes.set(ylabel="utilization r / min(m, n) (%)", ylim=(0, 103))
     axes.legend(loc="upper right", bbox_to_anchor=(1, 1.15), ncols=3)
     return figure
+
+
+def _range(axes: Axes, rows: pd.DataFrame, colour: str) -> str:
+    """Where ranks are predicted, shade their range, and say so."""
+    if "r_low" not in rows:
+        return ""
+    low, high = (100 * rows[end] / rows[["m", "n"]].min(axis=1) for end in ("r_low", "r_high"))
+    axes.fill_between(range(len(rows)), low, high, color=colour, alpha=0.15, lw=0)
+    return ", predicted"
 
 
 def utilizations(layers: dict[str, pd.DataFrame]) -> Figure:
@@ -55,7 +65,8 @@ def utilizations(layers: dict[str, pd.DataFrame]) -> Figure:
         x, width = range(len(table)), table[["m", "n"]].min(axis=1)
         mean = 100 * table.utilization.mean()
         axes.plot(x, 100 * table.weight_rank / width, ":", color=GREY, lw=2, label="rank of W")
-        axes.plot(x, 100 * table.utilization, "o-", ms=4, color=BLUE, label=f"utilized rank r: MLU {mean:.1f}%")
+        mlu = f"utilized rank r: MLU {mean:.1f}%{_range(axes, table, BLUE)}"
+        axes.plot(x, 100 * table.utilization, "o-", ms=4, color=BLUE, label=mlu)
         axes.axhline(mean, color=BLUE, ls="--", lw=1)
         layer_axis(axes, [short(name) for name in table.layer])
         axes.set(ylabel="rank / min(m, n) (%)", ylim=(0, 103), title=label)

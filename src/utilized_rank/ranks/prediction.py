@@ -1,0 +1,180 @@
+"""What W' = P_S W P_T in one layer costs, predicted from the curvature: where a search begins, and what it would find.
+
+The divergence is predicted as tr(D^T C_S D G) / 2 nats, D = W - P_S W P_T and C_S uncentred (no bias is corrected). Of
+k_S and k_T it is known in closed form, without an image. Which divergence a tolerance of accuracy stands for is not:
+a threshold is learnt from the boundaries that were certified.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import stdev
+
+import torch
+from torch import Tensor, nn
+
+from ..networks.batches import Arguments, Batches, call
+from ..networks.devices import placed
+from ..networks.evaluation import logits_of
+from .curvature import Curvature, curvature, sample
+from .layers import Layer
+from .rank_search import Ranks, search
+from .subspaces import Subspace
+
+INPUTS, DRAWN = 1000, 128
+"""Of how many inputs the curvature is, and how many are drawn from them to take it."""
+WIDEST = 8192
+"""No curvature is taken of more outputs, whose matrix would not fit into memory: such a layer is searched plainly."""
+START, LEAST = 0.01, 1e-6
+"""Nats that are expected to be tolerated before any verdict is known (only the time of the first search follows), and
+the least that are told apart."""
+
+
+class Divergence:
+    """The predicted divergence of the network with W' = P_S W P_T in one layer, summed over its groups.
+
+    With B = W^T P_S C_S W = sum_{i <= k_S} sigma_i w_i w_i^T, w_i = W^T v_i, it is D^T C_S D = C_T - B P_T - P_T B +
+    P_T B P_T. All is taken in the basis of C_T, where P_T cuts rows and columns off.
+
+    Args:
+        layer: of a network.
+        s: principal subspace of C_S; it need not hold more than min(m, n) dimensions.
+        t: principal subspace of C_T, all dimensions that are not zero.
+        curvature: G of the layer's outputs, (g, n, n).
+    """
+
+    def __init__(self, layer: Layer, s: Subspace, t: Subspace, curvature: Tensor) -> None:
+        basis = t.vectors
+        self._whole = layer.m, layer.n
+        self._curvature = basis.mT @ curvature.to(basis) @ basis  # G, (g, K_T, K_T)
+        self._inputs = basis.mT @ layer.weight().to(basis).mT @ s.vectors  # the w_i, (g, K_T, K_S)
+        self._energies = s.values[:, None, : s.vectors.shape[-1]]  # the sigma_i, (g, 1, K_S)
+        self._all = torch.diag_embed(t.values[:, : basis.shape[-1]])  # B at k_S = m: C_T, (g, K_T, K_T)
+
+    @property
+    def whole(self) -> float:
+        """Of the layer giving nothing at all; 0 of one that gives nothing anyway."""
+        return self(0, 0)
+
+    def __call__(self, k_s: int, k_t: int) -> float:
+        """In nats; k_S = m stands for no projection of the inputs, k_T = n of the outputs."""
+        some = self._inputs[..., :k_s]
+        b = self._all if k_s == self._whole[0] else (some * self._energies[..., :k_s]) @ some.mT
+        kept = b * self._curvature
+        lost = (self._all * self._curvature).sum() - 2 * kept[..., :k_t].sum() + kept[..., :k_t, :k_t].sum()
+        return max(0.0, float(lost) / 2)  # rounding may leave less than nothing
+
+    def ranks(self, threshold: float) -> Ranks:
+        """The ranks that a search would find, did a layer pass up to a divergence of ``threshold`` nats."""
+        return search(lambda k_s, k_t: self(k_s, k_t) <= threshold, *self._whole)
+
+
+class Guide:
+    """Where the search of each layer begins: as its curvature says, and the verdicts on the layers before it.
+
+    Args:
+        curvature: of the network's layers; one that is not in it has no prediction.
+    """
+
+    def __init__(self, curvature: Curvature) -> None:
+        self._curvature = curvature
+        self._layer: Layer | None = None
+        self._divergence: Divergence | None = None
+        self._thresholds: dict[float, float] = {}
+
+    def knows(self, layer: Layer) -> bool:
+        """Whether there is a prediction for a layer."""
+        return layer.name in self._curvature
+
+    def divergence(self, layer: Layer, s: Subspace, t: Subspace) -> Divergence:
+        """Of a layer that it knows; kept until another is asked for."""
+        if self._divergence is None or self._layer != layer:
+            self._layer, self._divergence = layer, Divergence(layer, s, t, self._curvature[layer.name])
+        return self._divergence
+
+    def threshold(self, epsilon: float) -> float:
+        """The predicted divergence, in nats, up to which a verdict at this tolerance is expected to pass."""
+        return self._thresholds.get(epsilon, START)
+
+    def predicted(self, layer: Layer, s: Subspace, t: Subspace, k_s: int, k_t: int, epsilon: float) -> bool:
+        """The verdict that is expected, from no image."""
+        return self.divergence(layer, s, t)(k_s, k_t) <= self.threshold(epsilon)
+
+    def learn(self, layer: Layer, s: Subspace, t: Subspace, k_s: int, k_t: int, epsilon: float, passes: bool) -> None:
+        """Move the threshold half of the way (of its logarithm) to the divergence of a verdict that it got wrong."""
+        divergence, threshold = self.divergence(layer, s, t)(k_s, k_t), self.threshold(epsilon)
+        if passes is not (divergence <= threshold):
+            self._thresholds[epsilon] = math.sqrt(threshold * max(divergence, LEAST))
+
+
+def guide(network: nn.Module, layers: list[Layer], inputs: Batches, batch_size: int) -> Guide:
+    """The guide of a network, from the curvature over the first :data:`INPUTS` of some inputs.
+
+    They are best none that it was trained on: of those it is too sure, and the gradient of a few is all there is.
+    """
+    some = inputs[:INPUTS]
+    few: Batches = some if isinstance(some, Tensor) else Arguments(some)
+    there = [layer for layer in layers if layer.n <= WIDEST] if predicts(network, few) else []
+    if not there:
+        return Guide({})
+    # A pass back keeps the values on the way: fewer inputs at a time.
+    return Guide(curvature(network, there, sample(network, few, DRAWN), max(1, batch_size // 4)))
+
+
+@torch.inference_mode()
+def predicts(network: nn.Module, inputs: Batches) -> bool:
+    """Whether what a network gives can be logits: numbers, along a dimension of classes."""
+    found = logits_of(call(network.eval(), placed(inputs[:1], network)))
+    return found.is_floating_point() and found.ndim > 1
+
+
+DEPTHS = (0.5, 0.6, 0.7, 0.8, 0.9)
+"""Where in the network the layers are that a threshold is fitted to: in its latter half, where a trial costs little."""
+
+
+def handful(layers: Sequence[Layer]) -> list[Layer]:
+    """The layers that a threshold is fitted to, of all in their order."""
+    return [layers[at] for at in dict.fromkeys(int(depth * len(layers)) for depth in DEPTHS)]
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """The predicted divergence, in nats, up to which layers pass at one tolerance."""
+
+    threshold: float
+    low: float
+    """One standard deviation (of the logarithm) of the layers' own thresholds below it."""
+    high: float
+    """Likewise above it."""
+
+
+Curve = Callable[[float], float]
+"""The predicted utilization of a layer at each threshold: the higher that is, the lower."""
+
+
+def fitted(curves: Sequence[Curve], found: Sequence[float]) -> Fitted:
+    """The threshold at which the mean utilization of some layers is that which was found, and how far theirs differ."""
+    own = [math.log(crossing(curve, its)) for curve, its in zip(curves, found, strict=True)]
+    threshold = crossing(lambda at: sum(curve(at) for curve in curves), sum(found))
+    spread = math.exp(stdev(own)) if len(own) > 1 else 1.0
+    return Fitted(threshold, threshold / spread, threshold * spread)
+
+
+MOST, STEPS = 10.0, 14
+"""Nats beyond which no threshold is looked for, and bisections: to a part in a thousand."""
+
+
+def crossing(curve: Curve, level: float) -> float:
+    """The threshold at which a falling curve is at a level: the geometric middle of all, where they are several."""
+
+    def first(below: Callable[[float], bool]) -> float:
+        low, high = math.log(LEAST), math.log(MOST)
+        for _ in range(STEPS):
+            middle = (low + high) / 2
+            low, high = (low, middle) if below(curve(math.exp(middle))) else (middle, high)
+        return (low + high) / 2
+
+    # Sums of quotients: equal ones may differ in their last digits.
+    return math.exp((first(lambda at: at <= level + 1e-9) + first(lambda at: at < level - 1e-9)) / 2)
