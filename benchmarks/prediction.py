@@ -170,4 +170,6 @@ def draw(table: pd.DataFrame) -> Figure:
     by_law.set(xlabel="tolerance (points)", ylabel="threshold / 2Tε", ylim=(0, None))
     for axes in (by_tolerance, by_law):
         axes.legend(fontsize=7)
+        axes.set_xticks(EPSILONS, [f"{epsilon:g}" for epsilon in EPSILONS])
+        axes.minorticks_off()
     return figure
