@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from typing import Any, Literal
 
 import torch
@@ -18,7 +17,7 @@ from ..networks.devices import placed
 from ..networks.evaluation import Score
 from ..ranks.measure import inputs_of as flows_of
 from .folders import RECORD, different, layers_of
-from .given import InputError, check_start, inputs_of, standard
+from .given import InputError, check_start, check_tolerance, inputs_of, standard
 from .measuring import goal_of
 
 Method = Literal["compensated", "optimal", "svd", "projection"]
@@ -112,8 +111,7 @@ def _asked(**budgets: float | None) -> tuple[str, float]:
     ((kind, amount),) = given
     if kind != "epsilon" and not 0 < amount < 1:
         raise InputError(f"{kind}={amount:g}: the part that may remain lies between 0 and 1")
-    if not 0 <= amount < math.inf:
-        raise InputError(f"epsilon={amount:g} is no tolerated loss: it is 0 or more")
+    check_tolerance(amount)
     return kind, amount
 
 

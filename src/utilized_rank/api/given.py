@@ -145,6 +145,16 @@ def _are_labels(value: Any) -> bool:
     return isinstance(value, Tensor) and value.ndim == 1 and not value.is_floating_point()
 
 
+def check_tolerance(epsilon: float) -> None:
+    """Refuse what is no tolerated loss.
+
+    Raises:
+        InputError: it is below 0, or no number.
+    """
+    if not 0 <= epsilon < math.inf:
+        raise InputError(f"epsilon={epsilon:g} is no tolerated loss: it is 0 or more")
+
+
 def checked(score: Score) -> Score:
     """The same score, whose values are numbers.
 

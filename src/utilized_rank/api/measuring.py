@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +15,7 @@ from ..ranks import measure as library
 from ..ranks.layers import Layer, countable
 from ..ranks.measure import RANGE, Criterion, Row
 from ..ranks.subspaces import numerical_rank
-from .given import InputError, check_start, checked, inputs_of, labelled, standard
+from .given import InputError, check_start, check_tolerance, checked, inputs_of, labelled, standard
 from .utilization import Utilization
 
 
@@ -72,8 +71,8 @@ def measure(
         raise InputError("give epsilon=, a tolerated loss, or energy=, a fraction of the variance (and not both)")
     if energy is not None and not 0 < energy <= 1:
         raise InputError(f"energy={energy:g} is no fraction: it lies above 0, up to 1")
-    if epsilon is not None and not 0 <= epsilon < math.inf:
-        raise InputError(f"epsilon={epsilon:g} is no tolerated loss: it is 0 or more")
+    if epsilon is not None:
+        check_tolerance(epsilon)
     certify = certify and criterion != "predicted"
     if not certify and energy is not None:
         raise InputError("ranks at energy= are exact, and need no search: certify=False goes with epsilon=")
