@@ -166,6 +166,25 @@ def test_a_joint_search_is_certified_by_networks_that_were_really_built(compress
 
 
 @pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("method", METHODS)
+def test_from_a_network_that_was_built_another_one_is_what_it_is_from_the_original(compression, dataset, name, method):
+    """Whichever layer is the first to change: smaller, whole, or in two where it was not."""
+    made = compression(name)
+    chosen = choices_of(made, Policy(budget={"params": 0.5}))
+    known = made.build(method, chosen)
+    names = list(chosen)
+    for at in (0, len(names) // 2, len(names) - 1):
+        form, rank = chosen[names[at]]
+        for change in ({names[at]: (form, max(1, rank // 2))}, None):
+            choices = chosen | change if change else {n: way for n, way in chosen.items() if n != names[at]}
+            here, anew = made._from(known, method, choices, {}), made.build(method, choices)
+            assert here.forms == anew.forms
+            for its, other in zip(here.network.parameters(), anew.network.parameters(), strict=True):
+                torch.testing.assert_close(its, other, rtol=1e-4, atol=1e-5)
+    assert known.choices() == chosen
+
+
+@pytest.mark.parametrize("name", MODELS)
 def test_no_cumulative_network_is_smaller_than_the_joint_one(compression, name):
     made = compression(name)
     cost_of = made.budgets("params").cost

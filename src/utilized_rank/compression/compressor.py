@@ -108,9 +108,15 @@ class Compression:
     def _joint(self, method: str, epsilon: float) -> Joint:
         score = self._asked()
         needed = score(self.network) - epsilon - 1e-9
+        smallest = Decomposed(self.network, {})  # that passes
 
         def passes(choices: Choices) -> bool:
-            return score(self.build(method, choices).network) >= needed
+            nonlocal smallest
+            made = self._from(smallest, method, choices, {})
+            if score(made.network) < needed:
+                return False
+            smallest = made
+            return True
 
         budgets = self.budgets("params")
         found = joint(budgets, passes)
@@ -129,13 +135,26 @@ class Compression:
             choices: the form and rank of each layer that is put in two.
             dimensions: k_S and k_T of P_S W P_T; of a layer that is not in it both are its rank.
         """
+        return self._from(Decomposed(self.network, {}), method, choices, dimensions or {})
+
+    def _from(
+        self, known: Decomposed, method: str, choices: Choices, dimensions: dict[str, tuple[int, int]]
+    ) -> Decomposed:
+        """The same from a network of the same method, of which what comes before the first change stays."""
+        before, names = known.choices(), list(self.layers)
+        first = next((i for i, name in enumerate(names) if before.get(name) != choices.get(name)), len(names))
+        kept, anew = names[:first], names[first:]
+        small = copy.deepcopy(known.network)
+        whole: dict[str, nn.Module] = {n: copy.deepcopy(self.layers[n].module) for n in anew if n in before}
+        substitute(small, whole)
 
         def cut(fit: Fit) -> Factors:
             form, rank = choices[fit.layer.name]
             return FORMS[form](fit, rank).factors(rank)
 
-        held = {name: (rank, rank) for name, (_, rank) in choices.items()} | (dimensions or {})
-        return self._in_turn(copy.deepcopy(self.network), method, {name: held[name] for name in choices}, cut)
+        held = {name: (rank, rank) for name, (_, rank) in choices.items()} | dimensions
+        made = self._in_turn(small, method, {name: held[name] for name in anew if name in choices}, cut)
+        return Decomposed(small, {name: known.forms[name] for name in kept if name in before} | made.forms)
 
     def cumulative(self, method: str, epsilon: float) -> Choices:
         """Ranks that spend ``epsilon`` of the score front to back, with the weights of ``method``."""
@@ -148,8 +167,7 @@ class Compression:
         layers, flops = list(self.layers.values()), self._costs("flops")
         search = Cumulative(small, layers, self.forms, flops, self._asked(), epsilon, self.memory)
         whole = {layer.name: (layer.m, layer.n) for layer in layers}
-        made = self._in_turn(small, method, whole, search.choose)
-        return {name: (form, rank) for name, (form, rank, _) in made.forms.items()}
+        return self._in_turn(small, method, whole, search.choose).choices()
 
     def _in_turn(
         self,

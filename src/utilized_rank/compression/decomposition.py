@@ -30,7 +30,11 @@ class Decomposed:
 
     network: nn.Module
     forms: dict[str, list[Any]]
-    """Of each layer in two, by name (see lowrank.restructure)."""
+    """Of each layer in two, by name (see pairs.restructure)."""
+
+    def choices(self) -> dict[str, tuple[str, int]]:
+        """The form and rank of each layer in two, by name."""
+        return {name: (form, rank) for name, (form, rank, _) in self.forms.items()}
 
 
 class Decomposition:
