@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
-from torch import Tensor, nn
+from torch import nn
 
 from utilized_rank.networks.evaluation import Labelled, outputs
 from utilized_rank.ranks.measure import Measurement
@@ -95,17 +95,12 @@ def temperature_and_margin(network: nn.Module, search: Labelled) -> dict[str, fl
     best = logits.topk(2).values
     margin = best[:, 0] - best[:, 1]
     grid = torch.linspace(math.log(0.1), math.log(10), 400).exp()
-    likelihood = torch.stack([nll(logits / t, search.labels) for t in grid])
+    surprise = torch.stack([nn.functional.cross_entropy(logits / t, search.labels) for t in grid])
     return {
-        "temperature": float(grid[likelihood.argmin()]),
+        "temperature": float(grid[surprise.argmin()]),
         "median margin": float(margin.median()),
         "within a margin of 1": float((margin < 1).double().mean()),
     }
-
-
-def nll(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean of -log p(y)."""
-    return nn.functional.cross_entropy(logits, labels)
 
 
 def summary(table: pd.DataFrame) -> pd.DataFrame:
