@@ -15,7 +15,7 @@ from torch import nn
 from utilized_rank.networks.evaluation import Labelled, outputs
 from utilized_rank.ranks.measure import Measurement
 from utilized_rank.ranks.measure import measure as measured
-from utilized_rank.ranks.prediction import DRAWN, INPUTS
+from utilized_rank.ranks.prediction import INPUTS
 from utilized_rank.report.figures import style
 
 from .setting import Setting, digits
@@ -25,14 +25,13 @@ EPSILON = 0.5
 EPSILONS = [0.25, 0.5, 1.0, 2.0, 4.0]
 """That thresholds are fitted at."""
 NOTE = f"""One half of the search images (A) gives certified ranks at {EPSILON:g} points (of the digits, 1), and
-predicted ones: from one backward pass over {DRAWN} of them, and verdicts on their probe for a few layers in the
+predicted ones: from one backward pass over {INPUTS} of them, and verdicts on their probe for a few layers in the
 latter half of the network, which fix the divergence up to which a layer passes. The other half (B) gives certified
 ranks too: that spread is what the images leave open. Forwards are passes of A by FLOPs, with the first look at A (1),
-what is kept of it for later layers (1, or the probe's part) and the backward pass (3 of its images, with a look at
-those that it draws from). The threshold is also fitted at other tolerances. Were a network calibrated, its images
-evenly spread about the boundary of their two best classes and the change of its logits small and random, it would be
-2ε (ε as a part of 1); with confidences too high by a temperature T (Guo et al. 2017), 2Tε. Margins and the number of
-classes do not enter."""
+what is kept of it for later layers (1, or the probe's part) and the backward pass (3 of its images). The threshold is
+also fitted at other tolerances. Were a network calibrated, its images evenly spread about the boundary of their two
+best classes and the change of its logits small and random, it would be 2ε (ε as a part of 1); with confidences too high
+by a temperature T (Guo et al. 2017), 2Tε. Margins and the number of classes do not enter."""
 
 
 def measure(setting: Setting) -> pd.DataFrame:
@@ -84,7 +83,7 @@ def cases(setting: Setting) -> Iterator[tuple[str, Setting]]:
 
 def forwards(found: Measurement, images: int, certified: bool) -> float:
     """Passes of the search images: of the verdicts, and of what comes before them."""
-    backward = (min(INPUTS, images) + 3 * min(DRAWN, images)) / images
+    backward = 3 * min(INPUTS, images) / images
     kept = 1.0 if certified else 0.2
     return float(found.evaluations.forwards.sum()) + 1 + kept + backward
 

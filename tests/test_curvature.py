@@ -9,12 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from utilized_rank.networks.batches import Arguments
-from utilized_rank.ranks.curvature import Sample, _inclusion, _root, curvature, sample
+from utilized_rank.ranks.curvature import _inclusion, _root, curvature, sample
 from utilized_rank.ranks.layers import Layer, countable
-
-
-def alike(inputs: Tensor) -> Sample:
-    return Sample(inputs, torch.full((len(inputs),), 1 / len(inputs)))
 
 
 def curvature_of_logits(logits: Tensor) -> Tensor:
@@ -42,7 +38,8 @@ def test_a_small_change_of_a_layer_costs_what_the_curvature_says(sharp):
     network[2].weight.data *= sharp
     x = torch.randn(1, 5, dtype=torch.float64)
     layers = countable(network).layers
-    found = curvature(network, layers, alike(x.repeat(40_000, 1)), batch_size=10_000)
+    found = curvature(network, layers, x.repeat(40_000, 1), batch_size=10_000)
+    network.requires_grad_(False)
     before = network(x).log_softmax(1)
     for layer, rows in zip(layers, (x, network[:2](x)), strict=True):
         change = 1e-3 * torch.randn(layer.weight()[0].shape, dtype=torch.float64)
@@ -51,7 +48,7 @@ def test_a_small_change_of_a_layer_costs_what_the_curvature_says(sharp):
         layer.module.weight.data += change.T
         after = network(x).log_softmax(1)
         layer.module.weight.data.copy_(original)
-        assert predicted == pytest.approx(float((before.exp() * (before - after)).sum().detach()), rel=0.05)
+        assert predicted == pytest.approx(float((before.exp() * (before - after)).sum()), rel=0.05)
 
 
 class Everything(nn.Module):
@@ -73,7 +70,7 @@ def test_the_second_moment_of_gradients_is_summed_over_positions_and_calls():
     """Against the gradients themselves: those of a change that is added to the layer's outputs, image by image."""
     torch.manual_seed(0)
     network, images = Everything().eval(), torch.randn(8, 3, 7, 7)
-    found = curvature(network, countable(network).layers, alike(images), batch_size=8)
+    found = curvature(network, countable(network).layers, images, batch_size=8)
     v = _root(network(images), torch.full((8,), 1 / 8), torch.Generator().manual_seed(0))
     for layer in countable(network).layers:
         gradients: list[Tensor] = []
@@ -95,11 +92,11 @@ def test_the_second_moment_of_gradients_is_summed_over_positions_and_calls():
 def test_it_needs_no_parameter_that_is_learned_and_leaves_no_trace():
     network, images = Everything(), torch.randn(8, 3, 7, 7)
     layers = countable(network).layers
-    found = curvature(network, layers, alike(images))
+    found = curvature(network, layers, images)
     random = torch.get_rng_state()
-    frozen = curvature(network.requires_grad_(False), layers, alike(images))
+    frozen = curvature(network.requires_grad_(False), layers, images)
     with torch.inference_mode():
-        inside = curvature(network, layers, alike(images * 1))
+        inside = curvature(network, layers, images * 1)
     assert all(torch.equal(its, frozen[name]) and torch.equal(its, inside[name]) for name, its in found.items())
     assert all(parameter.grad is None for parameter in network.parameters())
     assert torch.equal(random, torch.get_rng_state())
@@ -109,7 +106,7 @@ def test_it_needs_no_parameter_that_is_learned_and_leaves_no_trace():
 def test_a_network_without_a_gradient_has_none():
     network = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3))
     network.register_forward_hook(lambda *args: args[2].round().detach())
-    assert curvature(network, countable(network).layers, alike(torch.randn(4, 4))) == {}
+    assert curvature(network, countable(network).layers, torch.randn(4, 4)) == {}
 
 
 class OfWords(nn.Module):
@@ -125,10 +122,10 @@ def test_language_models_and_arguments_by_name_have_one():
     network = OfWords()
     inputs = Arguments({"words": torch.randint(0, 11, (40, 6)), "scale": torch.rand(40)})
     whole = sample(network, inputs, 40)
-    assert set(curvature(network, countable(network).layers, whole)) == {"head"}
+    assert set(curvature(network, countable(network).layers, whole.inputs, whole.weights)) == {"head"}
     some = sample(network, inputs, 7)
     assert len(some.inputs) == len(some.weights) == 7
-    assert curvature(network, [Layer("head", network.head)], some)["head"].shape == (1, 11, 11)
+    assert curvature(network, [Layer("head", network.head)], some.inputs, some.weights)["head"].shape == (1, 11, 11)
 
 
 class Confident(nn.Module):
@@ -151,13 +148,14 @@ def test_a_few_unsure_inputs_tell_more_than_as_many_at_random():
     network = nn.Sequential(Confident())
     truth = curvature_of_logits(logits)
 
-    def off(some: Sample) -> float:
-        p = some.inputs.double().softmax(1)
+    def off(its: Tensor, weights: Tensor) -> float:
+        p = its.double().softmax(1)
         each = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
-        return float(((some.weights[:, None, None] * each).sum(0) - truth).norm() / truth.norm())
+        return float(((weights[:, None, None] * each).sum(0) - truth).norm() / truth.norm())
 
-    drawn = off(sample(network, logits, 100))
-    at_random = [off(alike(logits[torch.randperm(2000)[:100]])) for _ in range(50)]
+    some = sample(network, logits, 100)
+    drawn = off(some.inputs, some.weights)
+    at_random = [off(logits[torch.randperm(2000)[:100]], torch.full((100,), 1 / 100)) for _ in range(50)]
     assert drawn < np.quantile(at_random, 0.25)
     assert drawn < 0.1
 
@@ -168,6 +166,7 @@ def test_a_sample_has_so_many_inputs_whose_weights_are_those_of_all(count, total
     network = nn.Sequential(Confident())
     some = sample(network, logits, count)
     assert len(some.inputs) == len(some.weights) == min(count, total)
+    assert torch.equal(some.logits, network(some.inputs))
     # Each input stands for itself at least, and for no more than it would if it were drawn from all alike.
     assert float(some.weights.min()) >= 1 / total - 1e-6
     assert torch.equal(some.weights, sample(network, logits, count).weights)

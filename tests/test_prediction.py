@@ -15,11 +15,11 @@ from torch import Tensor, nn
 import utilized_rank
 from utilized_rank.api.given import InputError
 from utilized_rank.networks.evaluation import Labelled
-from utilized_rank.ranks.curvature import curvature, sample
+from utilized_rank.ranks.curvature import curvature
 from utilized_rank.ranks.layers import Layer, countable
 from utilized_rank.ranks.measure import Unpredictable, measure
 from utilized_rank.ranks.moments import input_moments
-from utilized_rank.ranks.prediction import LEAST, START, Divergence, Guide, crossing, fitted, guide, handful, predicts
+from utilized_rank.ranks.prediction import LEAST, START, Guide, Prediction, crossing, fitted, guide, handful, predicts
 from utilized_rank.ranks.projection import bases, projected
 from utilized_rank.report.figures import layers
 
@@ -31,7 +31,7 @@ def taken(network: nn.Module, images: Tensor) -> tuple[list[Layer], dict, dict]:
     return (
         layers,
         input_moments(network, layers, [images]),
-        curvature(network, layers, sample(network, images, len(images))),
+        curvature(network, layers, images),
     )
 
 
@@ -48,24 +48,24 @@ def test_the_divergence_is_the_quadratic_form_of_what_the_projection_changes(mak
     for layer in layers:
         s, t = bases(layer, moments[layer.name], None if dimensions == "all" else layer.width)
         g, second = curvatures[layer.name], moments[layer.name].second
-        divergence = Divergence(layer, s, t, g)
+        prediction = Prediction(layer, s, t, g)
         some = sorted({1, max(1, layer.width // 2), max(1, layer.width - 1), layer.width})
         for k_s, k_t in [(a, b) for a in [*some, layer.m] for b in [*some, layer.n]]:
             expected = brute_force(layer, second, g, projected(layer.weight(), s, t, k_s, k_t))
-            scale = divergence(0, 0)
-            assert divergence(k_s, k_t) == pytest.approx(expected, rel=1e-6, abs=1e-9 * scale)
-        assert divergence(0, 0) == pytest.approx(brute_force(layer, second, g, torch.zeros(1)), rel=1e-6)
-        assert divergence(layer.m, layer.n) == pytest.approx(0, abs=1e-9 * scale)
+            scale = prediction(0, 0)
+            assert prediction(k_s, k_t) == pytest.approx(expected, rel=1e-6, abs=1e-9 * scale)
+        assert prediction(0, 0) == pytest.approx(brute_force(layer, second, g, torch.zeros(1)), rel=1e-6)
+        assert prediction(layer.m, layer.n) == pytest.approx(0, abs=1e-9 * scale)
 
 
 @pytest.mark.parametrize("name", ["residual", "vit"])
 def test_it_falls_as_either_side_alone_keeps_more(make, images, name):
     layers, moments, curvatures = taken(make(name), images)
     for layer in layers:
-        divergence = Divergence(layer, *bases(layer, moments[layer.name]), curvatures[layer.name])
+        prediction = Prediction(layer, *bases(layer, moments[layer.name]), curvatures[layer.name])
         for costs in (
-            [divergence(k, layer.n) for k in range(layer.m + 1)],
-            [divergence(layer.m, k) for k in range(layer.n + 1)],
+            [prediction(k, layer.n) for k in range(layer.m + 1)],
+            [prediction(layer.m, k) for k in range(layer.n + 1)],
         ):
             assert all(more <= less + 1e-9 * costs[0] for less, more in pairwise(costs))
 
@@ -81,10 +81,10 @@ def identity() -> tuple[Layer, tuple, dict]:
 def test_by_hand():
     """C = diag(9, 4, 1) / 3, W = G = 1: what is cut off, halved."""
     layer, (s, t), curvatures = identity()
-    divergence = Divergence(layer, s, t, curvatures["layer"])
-    assert [divergence(3, k) for k in range(4)] == pytest.approx([14 / 6, 5 / 6, 1 / 6, 0])
-    assert [divergence(k, 3) for k in range(4)] == pytest.approx([14 / 6, 5 / 6, 1 / 6, 0])
-    assert divergence(1, 2) == pytest.approx(5 / 6)
+    prediction = Prediction(layer, s, t, curvatures["layer"])
+    assert [prediction(3, k) for k in range(4)] == pytest.approx([14 / 6, 5 / 6, 1 / 6, 0])
+    assert [prediction(k, 3) for k in range(4)] == pytest.approx([14 / 6, 5 / 6, 1 / 6, 0])
+    assert prediction(1, 2) == pytest.approx(5 / 6)
 
 
 def test_a_guide_moves_halfway_to_a_verdict_that_it_got_wrong_and_stays_at_one_that_it_got_right():

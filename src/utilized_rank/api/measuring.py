@@ -115,13 +115,9 @@ def measure(
         assert energy is not None
         flows = library.inputs_of(its, inputs, rows, batch_size)
         left_out, moments, about = dict(flows.left_out), flows.moments, {"energy": energy}
-        try:
+        with library.interruptible(flows.layers, found, left_out):
             for layer in tqdm(flows.layers, desc="eigenvalues", unit="layer"):
                 done(layer, vars(library.energy_ranks(layer, moments[layer.name], energy, centred)))
-        except KeyboardInterrupt:
-            if not found:
-                raise
-            left_out |= library.interrupted(flows.layers, found)
     if not found:
         raise InputError(f"no layer of the network counts: {_told(left_out | stay)}")
     return Utilization(pd.DataFrame(found), left_out | stay, moments, len(inputs), **about)

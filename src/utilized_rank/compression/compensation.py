@@ -20,7 +20,7 @@ from torch.nn.grad import conv2d_weight
 from ..networks.batches import Batches
 from ..networks.devices import device_of, sums_on, truth
 from ..networks.evaluation import received
-from ..networks.suffix import Suffix, Traced, same
+from ..networks.suffix import Suffix, Traced, same_network
 from ..ranks.layers import Layer, padding
 from ..ranks.moments import Stream
 from .lowrank import Fit
@@ -184,7 +184,7 @@ class Compensation:
     @torch.no_grad()
     def fit(self, layer: Layer) -> Fit:
         """What a layer of the original should become, those before it being replaced already (or not at all)."""
-        if not self._apart and not same(self._original.traced.network, self._small.traced.network):
+        if not self._apart and not same_network(self._original.traced.network, self._small.traced.network):
             self._apart = True
             self._small.start_from(self._original)
         pairs = Pairs(layer)

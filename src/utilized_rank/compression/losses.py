@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ..networks.batches import Batches
-from ..networks.evaluation import class_dimension, outputs
+from ..networks.evaluation import class_dimension
 from ..networks.suffix import Suffix, Traced
 from ..ranks.curvature import Sample, curvature, sample
 from ..ranks.layers import Layer
@@ -106,9 +106,8 @@ class Divergence:
 
     def __init__(self, network: nn.Module, some: Sample, memory: int) -> None:
         self._traced, self._some, self._memory = Traced(network.eval()), some, memory
-        self._before = outputs(network, some.inputs, TOGETHER)
-        self._classes = class_dimension(self._before)
-        self._before = self._before.log_softmax(self._classes)
+        self._classes = class_dimension(some.logits)
+        self._before = some.logits.log_softmax(self._classes)
 
     @torch.inference_mode()
     def of(self, cuts: Iterable[tuple[Layer, Iterable[Factors]]]) -> Iterator[list[float]]:
@@ -154,7 +153,7 @@ class Predicted:
     """
 
     def __init__(self, network: nn.Module, layers: list[Candidate], some: Sample, memory: int) -> None:
-        found = curvature(network, [candidate.layer for candidate in layers], some)
+        found = curvature(network, [candidate.layer for candidate in layers], some.inputs, some.weights)
         self._divergence = Divergence(network, some, memory)
         self._layers = {candidate.layer.name: candidate for candidate in layers}
         self._predicted: Table = {
@@ -220,19 +219,19 @@ class Line:
         """What is expected of a layer in one form, (K,), where ``points`` of it (form, predicted, measured) are known.
 
         The distance from the line is the one of the points of this form, and in between on straight lines; where there
-        are none, the mean of those of others.
+        are none, the mean of those of others; and none where there are no points at all.
         """
         x = self._log(predicted, 0)
-        its = sorted((p, m) for f, p, m in points if f == form) or [(p, m) for _, p, m in points]
-        if not its:
-            return np.exp(self._of(x)) - self._floors[1]
-        at, found = np.array(its).T
-        at, found = self._log(at, 0), self._log(found, 1)
-        beside = found - self._of(at)
-        own = any(f == form for f, _, _ in points)
-        return np.maximum(
-            np.exp(self._of(x) + (np.interp(x, at, beside) if own else beside.mean())) - self._floors[1], 0
-        )
+        own = sorted((p, m) for f, p, m in points if f == form)
+        at, beside = self._beside(own or [(p, m) for _, p, m in points])
+        distance = np.interp(x, at, beside) if own else beside.mean() if points else 0.0
+        return np.maximum(np.exp(self._of(x) + distance) - self._floors[1], 0)
+
+    def _beside(self, points: list[tuple[float, float]]) -> tuple[np.ndarray, np.ndarray]:
+        """Where points (predicted, measured) lie along the line, and how far from it: (K,), (K,)."""
+        predicted, measured = np.array(points).reshape(-1, 2).T
+        at = self._log(predicted, 0)
+        return at, self._log(measured, 1) - self._of(at)
 
 
 def cut_to(layer: Layer, factors: Factors) -> AbstractContextManager[None]:

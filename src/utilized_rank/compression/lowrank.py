@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import combinations_with_replacement
 from typing import Protocol
 
@@ -18,7 +19,7 @@ from ..networks.devices import truth
 from ..ranks.layers import Layer
 from ..ranks.moments import Moments
 from ..ranks.projection import projected
-from ..ranks.subspaces import Subspace, output_principal
+from ..ranks.subspaces import Subspace, output_principal, principal
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,16 @@ class Fit:
     """E[s], (g, m); None where the bias is left alone."""
     outputs: Tensor | None = None
     """E[t], (g, n), without the layer's own bias."""
+
+    @cached_property
+    def weighted(self) -> Tensor:
+        """C M, (g, m, n)."""
+        return self.matrix if self.moment is None else self.moment @ self.matrix
+
+    @cached_property
+    def energy(self) -> Tensor:
+        """M^T C M, (g, n, n)."""
+        return self.matrix.mT @ self.weighted
 
     def added(self, matrix: Tensor) -> Tensor | None:
         """What is added to the layer's bias where ``matrix`` (g, m, n) is its weight: (g, n), E[t] - E[s] M_r."""
@@ -158,7 +169,8 @@ class Channel:
             _, singular, right = torch.linalg.svd(fit.matrix, full_matrices=False)
             self.basis, self._energies = right.mT, singular.square()
         else:
-            whole = output_principal(fit.moment, fit.matrix)
+            narrow = fit.layer.m < fit.layer.n
+            whole = output_principal(fit.moment, fit.matrix) if narrow else principal(fit.energy)
             self.basis, self._energies = whole.vectors, whole.values
         self.errors = self.lost()
 
@@ -202,16 +214,10 @@ class Spatial:
         self.down = side_by_side @ output_principal(shared, side_by_side).top(self._most)  # (C k_h, r)
         self.down = self.down / self.down.norm(dim=0).clamp_min(1e-300)
         self.across = across
-        weighted = moment @ fit.matrix[0]  # (m, n)
-        self._outputs = fit.matrix[0].mT @ weighted
+        self._outputs = fit.energy[0]
         gram = self._gram(by_column)
-        # A direction that never varies has no coefficient to find: the jitter sets it to zero.
-        gram.diagonal().add_(1e-10 * gram.diagonal().mean() + 1e-300)
-        self._root, failed = torch.linalg.cholesky_ex(gram)
-        if truth(failed):  # moments summed in float32: what should be 0 can be farther below it
-            gram.diagonal().add_(2 * torch.linalg.eigvalsh(gram)[0].abs())
-            self._root = torch.linalg.cholesky(gram)
-        with_wanted = (self.down.mT @ weighted.reshape(channels * down, across * n)).reshape(-1, n)  # (r k_w, n)
+        self._root = _root(gram)
+        with_wanted = (self.down.mT @ fit.weighted[0].reshape(channels * down, across * n)).reshape(-1, n)  # (r k_w, n)
         self._explained = torch.linalg.solve_triangular(self._root, with_wanted, upper=False)
         self.errors = self.lost()
 
@@ -287,6 +293,20 @@ def patch_sizes(layer: Layer) -> tuple[int, int, int]:
     """C_in, k_h, k_w of a convolution."""
     channels, down, across = layer.module.weight.shape[1:]
     return channels, down, across
+
+
+def _root(gram: Tensor) -> Tensor:
+    """The lower triangle L with L L^T = ``gram`` (K, K), jitter on its diagonal: what never varies has no coefficient.
+
+    Of moments that were summed in float32, what should be 0 may lie far below it: the jitter grows until it does not.
+    """
+    jitter = 1e-10 * gram.diagonal().mean() + 1e-300
+    while True:
+        gram.diagonal().add_(jitter)
+        root, failed = torch.linalg.cholesky_ex(gram)
+        if not truth(failed):
+            return root
+        jitter = 10 * jitter
 
 
 def _tails(energies: Tensor) -> Tensor:

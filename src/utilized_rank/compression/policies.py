@@ -86,14 +86,15 @@ class Budgets:
 
     def cost(self, choices: Choices) -> int:
         """What the whole network costs with these choices."""
-        ways = self._costs.ways
-        saved = (self._costs.layers[name] - int(ways[name][form][rank - 1]) for name, (form, rank) in choices.items())
-        return self.network - sum(saved)
+        return self.network - sum(self._spent(name, None) - self._spent(name, way) for name, way in choices.items())
+
+    def _spent(self, name: str, way: Way | None) -> int:
+        """On one layer; None: whole."""
+        return self._costs.layers[name] if way is None else int(self._costs.ways[name][way[0]][way[1] - 1])
 
     def cheaper(self, choices: Choices, name: str) -> list[Way]:
         """What costs less than a layer's choice, dearest first, and is beaten by no other in both cost and loss."""
-        ways, whole = self._costs.ways[name], self._costs.layers[name]
-        own = int(ways[choices[name][0]][choices[name][1] - 1]) if name in choices else whole
+        own = self._spent(name, choices.get(name))
         return [way for cost, way in self._fronts[name] if cost < own]
 
     @cached_property
@@ -102,10 +103,7 @@ class Budgets:
         return {c.layer.name: self._front(c.layer.name, ways) for c, ways in zip(self._layers, self._ways, strict=True)}
 
     def _front(self, name: str, ways: list[Way]) -> list[tuple[int, Way]]:
-        costs = self._costs.ways[name]
-        by_cost = sorted(
-            (int(costs[form][rank - 1]), self.loss(name, (form, rank)), (form, rank)) for form, rank in ways
-        )
+        by_cost = sorted((self._spent(name, way), self.loss(name, way), way) for way in ways)
         front, least = [], math.inf
         for cost, loss, way in by_cost:
             if loss < least:
@@ -120,8 +118,9 @@ class Budgets:
 
     def gain(self, choices: Choices, name: str, way: Way) -> float:
         """What is saved by giving a layer a cheaper way, over what is thought to be lost by it."""
-        saved = self.cost(choices) - self.cost(choices | {name: way})
-        return saved / max(self.loss(name, way) - self.loss(name, choices.get(name)), 1e-300)
+        own = choices.get(name)
+        saved = self._spent(name, own) - self._spent(name, way)
+        return saved / max(self.loss(name, way) - self.loss(name, own), 1e-300)
 
     def loss(self, name: str, way: Way | None) -> float:
         """What the network is thought to lose with one layer in two (None: whole), before anything is measured."""
@@ -202,13 +201,16 @@ def descend(budgets: Budgets, start: Choices, passes: Callable[[Choices], bool])
     choices, tried, cuts = dict(start), cast(list[Step], []), 0
     stride = dict.fromkeys(budgets.names, 1)
     failed: dict[str, int] = {}  # by layer, how many cuts had been made when its next cheaper choice last failed
-    while open_layers := [n for n in budgets.names if failed.get(n) != cuts and budgets.cheaper(choices, n)]:
-        offers = {n: _offer(budgets, choices, n, stride[n]) for n in open_layers if n not in failed} or {
-            n: _offer(budgets, choices, n, 1) for n in open_layers
+    while cheaper := {
+        name: its for name in budgets.names if failed.get(name) != cuts and (its := budgets.cheaper(choices, name))
+    }:
+        # Those that failed beside larger ones are asked again when all others are done.
+        offers = {n: its[min(stride[n], len(its)) - 1] for n, its in cheaper.items() if n not in failed} or {
+            n: its[0] for n, its in cheaper.items()
         }
         name = max(offers, key=lambda n: budgets.gain(choices, n, offers[n]))
         way = offers[name]
-        is_next = way == budgets.cheaper(choices, name)[0]
+        is_next = way == cheaper[name][0]
         smaller = choices | {name: way}
         tried.append(Step(name, way, budgets.cost(smaller), passes(smaller)))
         if tried[-1].passes:
@@ -219,11 +221,6 @@ def descend(budgets: Budgets, start: Choices, passes: Callable[[Choices], bool])
         else:
             stride[name] = 1
     return choices, tried
-
-
-def _offer(budgets: Budgets, choices: Choices, name: str, stride: int) -> Way:
-    cheaper = budgets.cheaper(choices, name)
-    return cheaper[min(stride, len(cheaper)) - 1]
 
 
 def independent(ranks: dict[str, int], layers: list[Candidate], flops: Costs) -> Choices:

@@ -67,6 +67,12 @@ def gathered(data: Any) -> Batches:
     return whole if isinstance(whole, Tensor) else Arguments(whole)
 
 
+def some_of(inputs: Batches, which: Any) -> Batches:
+    """Some of the inputs, by a slice or by indices, as inputs again."""
+    some = inputs[which]
+    return some if isinstance(some, Batches) else Arguments(some)
+
+
 def first(batch: Any, inputs: int) -> Any:
     """The first so many inputs of a batch."""
     return tree_map(lambda leaf: leaf[:inputs] if isinstance(leaf, Tensor) else leaf, batch)

@@ -421,7 +421,7 @@ def _channels_last(value: Any) -> Any:
 
 
 @torch.no_grad()
-def same(one: nn.Module, other: nn.Module) -> bool:
+def same_network(one: nn.Module, other: nn.Module) -> bool:
     """Whether two networks are of the same modules with the same weights."""
     kinds, others = ([(name, type(m)) for name, m in its.named_modules()] for its in (one, other))
     if kinds != others:

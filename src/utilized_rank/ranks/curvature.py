@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import tree_map_only
 
-from ..networks.batches import Arguments, Batches, call
+from ..networks.batches import Batches, call, some_of
 from ..networks.devices import device_of, placed, sums_on, truth
 from ..networks.evaluation import class_dimension, logits_of, outputs
 from ..networks.hooks import held
@@ -36,6 +36,8 @@ class Sample:
     inputs: Batches
     weights: Tensor
     """What each counts for in a mean over all, float32 (N,): their sum is about 1."""
+    logits: Tensor
+    """What the network gives for them, float32 (N, ...), on its device."""
 
 
 def sample(network: nn.Module, inputs: Batches, count: int) -> Sample:
@@ -50,18 +52,21 @@ def sample(network: nn.Module, inputs: Batches, count: int) -> Sample:
         inputs: to draw from.
         count: all of them where there are no more.
     """
-    if count >= len(inputs):
-        return Sample(inputs, torch.full((len(inputs),), 1 / len(inputs)))
     logits = outputs(network, inputs)
+    if count >= len(inputs):
+        return Sample(inputs, _alike(inputs), logits)
     classes = class_dimension(logits)
     unsure = (1 - logits.softmax(classes).square().sum(classes)).clamp_min(0).cpu()
     size = unsure.reshape(len(inputs), -1).double().mean(1).sqrt()
     expected = _inclusion((1 - UNIFORM) * size / size.sum().clamp_min(1e-300) + UNIFORM / len(inputs), count)
     steps = torch.cat([expected.new_zeros(1), expected.cumsum(0)]) + 0.5
     chosen = (steps[1:].floor() > steps[:-1].floor()).nonzero().flatten()
-    drawn = inputs[chosen]
     weights = (1 / expected[chosen] / len(inputs)).float()
-    return Sample(drawn if isinstance(drawn, Batches) else Arguments(drawn), weights)
+    return Sample(some_of(inputs, chosen), weights, logits[chosen.to(logits.device)])
+
+
+def _alike(inputs: Batches) -> Tensor:
+    return torch.full((len(inputs),), 1 / len(inputs))
 
 
 def _inclusion(share: Tensor, count: int) -> Tensor:
@@ -79,7 +84,9 @@ Curvature = dict[str, Tensor]
 """G of each layer, by name: (g, n, n), float64, in nats over the square of the layer's outputs."""
 
 
-def curvature(network: nn.Module, layers: list[Layer], some: Sample, batch_size: int = 32) -> Curvature:
+def curvature(
+    network: nn.Module, layers: list[Layer], inputs: Batches, weights: Tensor | None = None, batch_size: int = 32
+) -> Curvature:
     """G of every layer that a gradient of the predictions reaches, in one pass forward and back.
 
     A layer that is called more than once (shared weights) adds up over its calls. Memory does not grow with the number
@@ -88,19 +95,21 @@ def curvature(network: nn.Module, layers: list[Layer], some: Sample, batch_size:
     Args:
         network: whose outputs are logits: of classes (B, C), of sequences (B, L, C), or of pixels (B, C, H, W).
         layers: of the network.
-        some: inputs; no labels are used.
+        inputs: N of them; no labels are used.
+        weights: what each counts for, (N,), as of a :class:`Sample`; all alike where it is None.
         batch_size: inputs at a time.
     """
     there = sums_on(device_of(network.eval()))
+    weights = _alike(inputs) if weights is None else weights
     signs = torch.Generator().manual_seed(0)
     sums: Curvature = {}
     with torch.inference_mode(False), torch.enable_grad():
-        for which in torch.arange(len(some.inputs)).split(batch_size):
+        for which in torch.arange(len(inputs)).split(batch_size):
             calls: list[tuple[Layer, GradientEdge]] = []
-            batch = tree_map_only(Tensor, _ordinary, some.inputs[which])
+            batch = tree_map_only(Tensor, _ordinary, inputs[which])
             with held(layer.module.register_forward_hook(partial(_watch, layer, calls)) for layer in layers):
                 logits = logits_of(call(network, placed(batch, network)))
-            for layer, gradient in _gradients(logits, _root(logits, some.weights[which], signs), calls):
+            for layer, gradient in _gradients(logits, _root(logits, weights[which], signs), calls):
                 new = torch.zeros(layer.groups, layer.n, layer.n, dtype=torch.float64, device=there)
                 its = sums.setdefault(layer.name, new)
                 for rows in _rows(layer, gradient.float()).split(TERMS, 1):

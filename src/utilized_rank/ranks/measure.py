@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -17,7 +18,7 @@ from ..networks.evaluation import Labelled, Score
 from ..networks.precision import Precision
 from .layers import Layer, countable
 from .moments import Budget, Moments, input_moments
-from .prediction import Curve, Divergence, Fitted, Guide, fitted, guide, handful
+from .prediction import Curve, Fitted, Guide, Prediction, fitted, guide, handful
 from .projection import bases
 from .rank_search import Ranks, search, search_energy, search_utilized
 from .subspaces import Subspace, energy_rank, output_spectrum, spectrum
@@ -113,22 +114,18 @@ def measure(
 
     def of(layer: Layer, s: Subspace, t: Subspace, epsilon: float) -> Row:
         if not certifies:
-            return _predicted(layer, begins.divergence(layer, s, t), thresholds[epsilon], epsilon)
+            return _predicted(layer, begins.prediction(layer, s, t), thresholds[epsilon], epsilon)
         return row(layer, layer_ranks(layer, s, t, verdicts, epsilon, criterion, begins), epsilon=epsilon)
 
     left_out = dict(flows.left_out)
     found: list[Row] = []
-    try:
+    with interruptible(flows.layers, found, left_out, partial):
         for layer in tqdm(flows.layers, desc="rank search" if certifies else "prediction", unit="layer"):
             # No rank beyond min(m, n) is tried, but an energy threshold is a part of all eigenvalues.
             s, t = bases(layer, flows.moments[layer.name], None if criterion == "energy" else layer.width)
             its = [of(layer, s, t, epsilon) for epsilon in epsilons]
             found += its
             on_layer(its)
-    except KeyboardInterrupt:
-        if not partial or not found:
-            raise
-        left_out |= interrupted(flows.layers, found)
     return Measurement(
         # A side that was not asked for has no rank: a whole number all the same.
         pd.DataFrame(found).astype({"k_s_alone": "Int64", "k_t_alone": "Int64"}),
@@ -161,24 +158,24 @@ def _fitted(flows: Flows, begins: Guide, verdicts: Trials | Scored, epsilons: Se
     found: dict[float, list[float]] = {epsilon: [] for epsilon in epsilons}
     for layer in tqdm(handful(flows.layers), desc="threshold", unit="layer"):
         s, t = bases(layer, flows.moments[layer.name], layer.width)
-        curves.append(partial(_utilization, layer, begins.divergence(layer, s, t)))
+        curves.append(partial(_utilization, layer, begins.prediction(layer, s, t)))
         for epsilon in epsilons:
             found[epsilon].append(layer_ranks(layer, s, t, verdicts, epsilon, "rank", begins).r / layer.width)
     return {epsilon: fitted(curves, its) for epsilon, its in found.items()}
 
 
-def _utilization(layer: Layer, divergence: Divergence, threshold: float) -> float:
-    return divergence.ranks(threshold).r / layer.width if divergence.whole > 0 else 0.0
+def _utilization(layer: Layer, prediction: Prediction, threshold: float) -> float:
+    return prediction.ranks(threshold).r / layer.width if prediction.whole > 0 else 0.0
 
 
 RANGE = ["r_low", "r_high"]
 """Columns of a prediction's range."""
 
 
-def _predicted(layer: Layer, divergence: Divergence, threshold: Fitted, epsilon: float) -> Row:
-    if divergence.whole == 0:  # a dead layer
+def _predicted(layer: Layer, prediction: Prediction, threshold: Fitted, epsilon: float) -> Row:
+    if prediction.whole == 0:  # a dead layer
         return row(layer, Ranks(0, 0, 0, 0, 0), epsilon=epsilon) | dict.fromkeys(RANGE, 0)
-    ranks, low, high = map(divergence.ranks, (threshold.threshold, threshold.high, threshold.low))
+    ranks, low, high = map(prediction.ranks, (threshold.threshold, threshold.high, threshold.low))
     return row(layer, ranks, epsilon=epsilon) | dict(zip(RANGE, sorted((low.r, high.r)), strict=True))
 
 
@@ -187,10 +184,22 @@ def unseen(score: Score, calibration: Batches) -> Batches:
     return score.inputs if isinstance(score, Labelled) else calibration
 
 
-def interrupted(layers: list[Layer], found: list[Row]) -> dict[str, str]:
-    """Why those of the layers are left out that were not found, by name."""
-    done = {its["layer"] for its in found}
-    return {layer.name: "the search was interrupted before it" for layer in layers if layer.name not in done}
+@contextmanager
+def interruptible(
+    layers: list[Layer], found: list[Row], left_out: dict[str, str], partial: bool = True
+) -> Iterator[None]:
+    """Where it is interrupted from the keyboard, go on with the layers that were found: the others are left out.
+
+    Raises:
+        KeyboardInterrupt: none was found, or it is not ``partial``.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not partial or not found:
+            raise
+        done = {its["layer"] for its in found}
+        left_out |= {layer.name: "the search was interrupted before it" for layer in layers if layer.name not in done}
 
 
 @dataclass(frozen=True)

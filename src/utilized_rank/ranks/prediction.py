@@ -15,16 +15,17 @@ from statistics import stdev
 import torch
 from torch import Tensor, nn
 
-from ..networks.batches import Arguments, Batches, call
+from ..networks.batches import Batches, call, some_of
 from ..networks.devices import placed
 from ..networks.evaluation import logits_of
-from .curvature import Curvature, curvature, sample
+from .curvature import Curvature, curvature
 from .layers import Layer
 from .rank_search import Ranks, search
 from .subspaces import Subspace
 
-INPUTS, DRAWN = 1000, 128
-"""Of how many inputs the curvature is, and how many are drawn from them to take it."""
+INPUTS = 500
+"""Of how many inputs the curvature is taken. One with a large gradient may make a third of it: a sample of them, drawn
+by their predictions, can miss that one."""
 WIDEST = 8192
 """No curvature is taken of more outputs, whose matrix would not fit into memory: such a layer is searched plainly."""
 START, LEAST = 0.01, 1e-6
@@ -32,7 +33,7 @@ START, LEAST = 0.01, 1e-6
 the least that are told apart."""
 
 
-class Divergence:
+class Prediction:
     """The predicted divergence of the network with W' = P_S W P_T in one layer, summed over its groups.
 
     With B = W^T P_S C_S W = sum_{i <= k_S} sigma_i w_i w_i^T, w_i = W^T v_i, it is D^T C_S D = C_T - B P_T - P_T B +
@@ -81,18 +82,18 @@ class Guide:
     def __init__(self, curvature: Curvature) -> None:
         self._curvature = curvature
         self._layer: Layer | None = None
-        self._divergence: Divergence | None = None
+        self._prediction: Prediction | None = None
         self._thresholds: dict[float, float] = {}
 
     def knows(self, layer: Layer) -> bool:
         """Whether there is a prediction for a layer."""
         return layer.name in self._curvature
 
-    def divergence(self, layer: Layer, s: Subspace, t: Subspace) -> Divergence:
+    def prediction(self, layer: Layer, s: Subspace, t: Subspace) -> Prediction:
         """Of a layer that it knows; kept until another is asked for."""
-        if self._divergence is None or self._layer != layer:
-            self._layer, self._divergence = layer, Divergence(layer, s, t, self._curvature[layer.name])
-        return self._divergence
+        if self._prediction is None or self._layer != layer:
+            self._layer, self._prediction = layer, Prediction(layer, s, t, self._curvature[layer.name])
+        return self._prediction
 
     def threshold(self, epsilon: float) -> float:
         """The predicted divergence, in nats, up to which a verdict at this tolerance is expected to pass."""
@@ -100,11 +101,11 @@ class Guide:
 
     def predicted(self, layer: Layer, s: Subspace, t: Subspace, k_s: int, k_t: int, epsilon: float) -> bool:
         """The verdict that is expected, from no image."""
-        return self.divergence(layer, s, t)(k_s, k_t) <= self.threshold(epsilon)
+        return self.prediction(layer, s, t)(k_s, k_t) <= self.threshold(epsilon)
 
     def learn(self, layer: Layer, s: Subspace, t: Subspace, k_s: int, k_t: int, epsilon: float, passes: bool) -> None:
         """Move the threshold half of the way (of its logarithm) to the divergence of a verdict that it got wrong."""
-        divergence, threshold = self.divergence(layer, s, t)(k_s, k_t), self.threshold(epsilon)
+        divergence, threshold = self.prediction(layer, s, t)(k_s, k_t), self.threshold(epsilon)
         if passes is not (divergence <= threshold):
             self._thresholds[epsilon] = math.sqrt(threshold * max(divergence, LEAST))
 
@@ -114,13 +115,12 @@ def guide(network: nn.Module, layers: list[Layer], inputs: Batches, batch_size: 
 
     They are best none that it was trained on: of those it is too sure, and the gradient of a few is all there is.
     """
-    some = inputs[:INPUTS]
-    few: Batches = some if isinstance(some, Tensor) else Arguments(some)
+    few = some_of(inputs, slice(INPUTS))
     there = [layer for layer in layers if layer.n <= WIDEST] if predicts(network, few) else []
     if not there:
         return Guide({})
     # A pass back keeps the values on the way: fewer inputs at a time.
-    return Guide(curvature(network, there, sample(network, few, DRAWN), max(1, batch_size // 4)))
+    return Guide(curvature(network, there, few, batch_size=max(1, batch_size // 4)))
 
 
 @torch.inference_mode()
