@@ -20,12 +20,12 @@ from utilized_rank.report.figures import style
 from utilized_rank.training import models
 from utilized_rank.training.sections import Model
 
-from .setting import Setting
+from .setting import Setting, digits
 
 TITLE = "Allocation: what a budget adds up"
 WAYS = {"energy": 0, "divergence": 500, "curvature": 128}
 """Losses, and on how many inputs they are taken."""
-PARTS = (0.76, 0.6, 0.5, 0.4)
+PARTS = (0.76, 0.7, 0.6, 0.5, 0.4, 0.35)
 DEPTHS = (20, 32, 56, 110)
 MEASURED_TO = 56
 """Depth up to which losses are measured throughout, too: beyond that it takes too long."""
@@ -39,13 +39,12 @@ weights, untrained, with paired 95% intervals. Right: seconds for half of the pa
 
 def measure(setting: Setting) -> pd.DataFrame:
     """One row a network, way and budget."""
-    images = setting.calibration()
-    test, labels = setting.search(len(setting.dataset.splits["search"]))
     rows = []
-    for name in ("ResNet-20", "ViT"):
-        network = setting.network(name)
+    for name, its in cases(setting):
+        network = its.network(name)
+        test, labels = its.search(len(its.dataset.splits["search"]))
         before = is_correct(network, test, labels)
-        for losses, made, spent in _ways(network, images, list(WAYS)):
+        for losses, made, spent in _ways(network, its.calibration(), list(WAYS)):
             for part in PARTS:
                 began = time.perf_counter()
                 choices = made.within("params", part)
@@ -62,7 +61,7 @@ def measure(setting: Setting) -> pd.DataFrame:
             Model(architecture=f"resnet{depth}"), setting.dataset.shape, len(setting.dataset.classes)
         )
         some = [losses for losses in WAYS if losses != "divergence" or depth <= MEASURED_TO]
-        for losses, made, spent in _ways(network.eval(), images, some):
+        for losses, made, spent in _ways(network.eval(), setting.calibration(), some):
             began = time.perf_counter()
             made.within("params", 0.5)
             seconds = spent + time.perf_counter() - began
@@ -70,6 +69,12 @@ def measure(setting: Setting) -> pd.DataFrame:
             rows[-1] |= {"parameters kept": 0.5, "seconds": seconds}
             print(rows[-1], flush=True)
     return pd.DataFrame(rows)
+
+
+def cases(setting: Setting) -> Iterator[tuple[str, Setting]]:
+    """The networks, each with its data: the public ones where they lie, and a transformer on digits."""
+    yield from ((name, setting) for name in setting.public() if setting.name == "cifar10")
+    yield "ViT", setting if setting.name == "digits" else digits()
 
 
 def _ways(network: nn.Module, images: Tensor, some: list[str]) -> Iterator[tuple[str, Compression, float]]:
@@ -95,10 +100,11 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
 
 def draw(table: pd.DataFrame) -> Figure:
     """Points lost against parameters kept, and seconds against depth."""
-    figure, axes = plt.subplots(1, 3, figsize=(11, 3.4))
-    colours = dict(zip(WAYS, (style.ORANGE, style.BLACK, style.BLUE), strict=True))
     points = table[table.change.notna()]
-    for (name, rows), where in zip(points.groupby("network", sort=False), axes[:2], strict=True):
+    networks = points.network.nunique()
+    figure, axes = plt.subplots(1, networks + 1, figsize=(3.7 * (networks + 1), 3.4), layout="constrained")
+    colours = dict(zip(WAYS, (style.ORANGE, style.BLACK, style.BLUE), strict=True))
+    for (name, rows), where in zip(points.groupby("network", sort=False), axes[:-1], strict=True):
         for shift, (losses, its) in enumerate(rows.groupby("losses", sort=False)):
             where.errorbar(
                 100 * its["parameters kept"] + 0.5 * (shift - 1),
@@ -115,8 +121,8 @@ def draw(table: pd.DataFrame) -> Figure:
         where.invert_xaxis()
     axes[0].legend(loc="lower left")
     for losses, its in table[table.depth.notna()].groupby("losses", sort=False):
-        axes[2].loglog(its.depth, its.seconds, "o-", ms=4, color=colours[losses], label=losses)
-    axes[2].set_xticks(DEPTHS, [str(depth) for depth in DEPTHS])
-    axes[2].minorticks_off()
-    axes[2].set(title="half of the parameters", xlabel="depth of the ResNet (layers)", ylabel="seconds (log scale)")
+        axes[-1].loglog(its.depth, its.seconds, "o-", ms=4, color=colours[losses], label=losses)
+    axes[-1].set_xticks(DEPTHS, [str(depth) for depth in DEPTHS])
+    axes[-1].minorticks_off()
+    axes[-1].set(title="half of the parameters", xlabel="depth of the ResNet (layers)", ylabel="seconds (log scale)")
     return figure

@@ -124,10 +124,11 @@ def test_a_network_without_a_gradient_or_without_logits_is_not_guided(make, imag
     assert not predicts(Number(), images)
 
 
-def test_a_crossing_is_the_middle_of_all_thresholds_at_a_level():
+def test_a_crossing_is_the_smallest_threshold_at_a_level():
     """A stair: 3 below 0.1 nats, 2 below 0.4, then 1."""
     stair = lambda at: 3 if at < 0.1 else 2 if at < 0.4 else 1  # noqa: E731
-    assert crossing(stair, 2) == pytest.approx(0.2, rel=5e-3)
+    assert crossing(stair, 2) == pytest.approx(0.1, rel=5e-3)
+    assert crossing(stair, 1) == pytest.approx(0.4, rel=5e-3)
     assert crossing(stair, 1.5) == pytest.approx(0.4, rel=5e-3)  # between two steps: where it falls
 
 

@@ -110,20 +110,24 @@ def measure(
     if not certifies:
         flows = _reached(flows, begins)
     verdicts = trials(network, score, memory, precision, certifies)
-    thresholds = {} if certifies else _fitted(flows, begins, verdicts, epsilons)
+    thresholds, known = ({}, {}) if certifies else _fitted(flows, begins, verdicts, epsilons)
 
-    def of(layer: Layer, s: Subspace, t: Subspace, epsilon: float) -> Row:
+    def of(layer: Layer) -> list[Row]:
+        if layer.name in known:
+            return [_predicted(layer, known[layer.name], its, epsilon) for epsilon, its in thresholds.items()]
+        # No rank beyond min(m, n) is tried, but an energy threshold is a part of all eigenvalues.
+        s, t = bases(layer, flows.moments[layer.name], None if criterion == "energy" else layer.width)
         if not certifies:
-            return _predicted(layer, begins.prediction(layer, s, t), thresholds[epsilon], epsilon)
-        return row(layer, layer_ranks(layer, s, t, verdicts, epsilon, criterion, begins), epsilon=epsilon)
+            prediction = begins.prediction(layer, s, t)
+            return [_predicted(layer, prediction, its, epsilon) for epsilon, its in thresholds.items()]
+        ranks = {epsilon: layer_ranks(layer, s, t, verdicts, epsilon, criterion, begins) for epsilon in epsilons}
+        return [row(layer, its, epsilon=epsilon) for epsilon, its in ranks.items()]
 
     left_out = dict(flows.left_out)
     found: list[Row] = []
     with interruptible(flows.layers, found, left_out, partial):
         for layer in tqdm(flows.layers, desc="rank search" if certifies else "prediction", unit="layer"):
-            # No rank beyond min(m, n) is tried, but an energy threshold is a part of all eigenvalues.
-            s, t = bases(layer, flows.moments[layer.name], None if criterion == "energy" else layer.width)
-            its = [of(layer, s, t, epsilon) for epsilon in epsilons]
+            its = of(layer)
             found += its
             on_layer(its)
     return Measurement(
@@ -152,16 +156,20 @@ def _reached(flows: Flows, begins: Guide) -> Flows:
     return Flows(layers, {layer.name: flows.moments[layer.name] for layer in layers}, flows.left_out | unreached)
 
 
-def _fitted(flows: Flows, begins: Guide, verdicts: Trials | Scored, epsilons: Sequence[float]) -> dict[float, Fitted]:
-    """The threshold of each tolerance, from the verdicts on a handful of layers."""
+def _fitted(
+    flows: Flows, begins: Guide, verdicts: Trials | Scored, epsilons: Sequence[float]
+) -> tuple[dict[float, Fitted], dict[str, Prediction]]:
+    """The threshold of each tolerance, from the verdicts on a handful of layers; and what is predicted of those."""
     curves: list[Curve] = []
+    predictions: dict[str, Prediction] = {}
     found: dict[float, list[float]] = {epsilon: [] for epsilon in epsilons}
     for layer in tqdm(handful(flows.layers), desc="threshold", unit="layer"):
         s, t = bases(layer, flows.moments[layer.name], layer.width)
-        curves.append(partial(_utilization, layer, begins.prediction(layer, s, t)))
+        predictions[layer.name] = begins.prediction(layer, s, t)
+        curves.append(partial(_utilization, layer, predictions[layer.name]))
         for epsilon in epsilons:
             found[epsilon].append(layer_ranks(layer, s, t, verdicts, epsilon, "rank", begins).r / layer.width)
-    return {epsilon: fitted(curves, its) for epsilon, its in found.items()}
+    return {epsilon: fitted(curves, its) for epsilon, its in found.items()}, predictions
 
 
 def _utilization(layer: Layer, prediction: Prediction, threshold: float) -> float:

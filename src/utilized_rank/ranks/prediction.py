@@ -37,7 +37,8 @@ class Prediction:
     """The predicted divergence of the network with W' = P_S W P_T in one layer, summed over its groups.
 
     With B = W^T P_S C_S W = sum_{i <= k_S} sigma_i w_i w_i^T, w_i = W^T v_i, it is D^T C_S D = C_T - B P_T - P_T B +
-    P_T B P_T. All is taken in the basis of C_T, where P_T cuts rows and columns off.
+    P_T B P_T. In the basis of C_T, P_T cuts rows and columns off: of each i, what all k_T keep is a sum along them, so
+    that two products with G tell all ranks at once.
 
     Args:
         layer: of a network.
@@ -49,10 +50,17 @@ class Prediction:
     def __init__(self, layer: Layer, s: Subspace, t: Subspace, curvature: Tensor) -> None:
         basis = t.vectors
         self._whole = layer.m, layer.n
-        self._curvature = basis.mT @ curvature.to(basis) @ basis  # G, (g, K_T, K_T)
-        self._inputs = basis.mT @ layer.weight().to(basis).mT @ s.vectors  # the w_i, (g, K_T, K_S)
-        self._energies = s.values[:, None, : s.vectors.shape[-1]]  # the sigma_i, (g, 1, K_S)
-        self._all = torch.diag_embed(t.values[:, : basis.shape[-1]])  # B at k_S = m: C_T, (g, K_T, K_T)
+        g = basis.mT @ curvature.to(basis) @ basis  # (g, K_T, K_T)
+        w = basis.mT @ layer.weight().to(basis).mT @ s.vectors  # the w_i, (g, K_T, K_S)
+        diagonal = g.diagonal(dim1=-2, dim2=-1)
+        # Of each i, by the rows of P_T: tr(w w^T P_T G) grows by w (G w), tr(P_T w w^T P_T G) by w (2 L w + diag(G) w),
+        # L the triangle of G below its diagonal. Twice the first, less the second, is kept: (g, K_T, K_S).
+        kept = 2 * w * (g @ w) - w * (2 * g.tril(-1) @ w + diagonal.unsqueeze(-1) * w)
+        kept = (kept * s.values[:, None, : s.vectors.shape[-1]]).sum(0)
+        everything = (t.values[:, : basis.shape[-1]] * diagonal).sum(0)  # C_T itself, which is diagonal: (K_T,)
+        self._total = everything.sum().cpu()
+        self._kept = _from_zero(_from_zero(kept, 0), 1).cpu()  # (K_T + 1, K_S + 1)
+        self._kept_of_all = _from_zero(everything, 0).cpu()  # (K_T + 1,)
 
     @property
     def whole(self) -> float:
@@ -61,15 +69,18 @@ class Prediction:
 
     def __call__(self, k_s: int, k_t: int) -> float:
         """In nats; k_S = m stands for no projection of the inputs, k_T = n of the outputs."""
-        some = self._inputs[..., :k_s]
-        b = self._all if k_s == self._whole[0] else (some * self._energies[..., :k_s]) @ some.mT
-        kept = b * self._curvature
-        lost = (self._all * self._curvature).sum() - 2 * kept[..., :k_t].sum() + kept[..., :k_t, :k_t].sum()
-        return max(0.0, float(lost) / 2)  # rounding may leave less than nothing
+        rows = min(k_t, len(self._kept) - 1)
+        kept = self._kept_of_all[rows] if k_s == self._whole[0] else self._kept[rows, k_s]
+        return max(0.0, float(self._total - kept) / 2)  # rounding may leave less than nothing
 
     def ranks(self, threshold: float) -> Ranks:
         """The ranks that a search would find, did a layer pass up to a divergence of ``threshold`` nats."""
         return search(lambda k_s, k_t: self(k_s, k_t) <= threshold, *self._whole)
+
+
+def _from_zero(values: Tensor, dimension: int) -> Tensor:
+    """Cumulative sums along a dimension, of none at first."""
+    return torch.cat([torch.zeros_like(values.narrow(dimension, 0, 1)), values], dimension).cumsum(dimension)
 
 
 class Guide:
@@ -167,14 +178,13 @@ MOST, STEPS = 10.0, 14
 
 
 def crossing(curve: Curve, level: float) -> float:
-    """The threshold at which a falling curve is at a level: the geometric middle of all, where they are several."""
+    """The smallest threshold at which a falling curve is at a level, or below.
 
-    def first(below: Callable[[float], bool]) -> float:
-        low, high = math.log(LEAST), math.log(MOST)
-        for _ in range(STEPS):
-            middle = (low + high) / 2
-            low, high = (low, middle) if below(curve(math.exp(middle))) else (middle, high)
-        return (low + high) / 2
-
-    # Sums of quotients: equal ones may differ in their last digits.
-    return math.exp((first(lambda at: at <= level + 1e-9) + first(lambda at: at < level - 1e-9)) / 2)
+    Of several that are at it, the largest may be none: layers that keep one dimension pass beyond any threshold.
+    """
+    low, high = math.log(LEAST), math.log(MOST)
+    for _ in range(STEPS):
+        middle = (low + high) / 2
+        # Sums of quotients: equal ones may differ in their last digits.
+        low, high = (low, middle) if curve(math.exp(middle)) <= level + 1e-9 else (middle, high)
+    return math.exp((low + high) / 2)
