@@ -35,7 +35,9 @@ OURS = {
 }
 COLOURS = [style.GREY, style.SKY, style.ORANGE, style.BLUE, style.PINK, style.GREEN]
 NOTE = f"""Plain bisection evaluates the whole network on the whole search split for every candidate. Ours gives
-certified boundaries too: k passes and k − 1 fails on the whole split. Layer by layer the searches take turns.
+certified boundaries too: k passes and k − 1 fails on the whole split. It begins where the curvature of the network
+predicts the boundary, which takes a pass forward and back beforehand; without that prediction it bisects by the probe
+alone. Layer by layer the searches take turns.
 Tolerance {EPSILON:g} points. A forward-equivalent is one pass of the split through the network in the same precision.
 Where the ranks differ, passing is not monotone in k and both are boundaries (for the utilized rank alone, compared is
 min(k_S, k_T) of each side by itself)."""
