@@ -140,7 +140,11 @@ def draw(table: pd.DataFrame) -> Figure:
     layers = table[table.layer.notna()]
     names = list(layers.network.unique())
     colours = dict(zip(names, [style.BLUE, style.ORANGE, style.GREEN, style.PINK], strict=False))
-    figure, grid = plt.subplots(1, len(names) + 2, figsize=(3.1 * (len(names) + 2), 3.4), layout="constrained")
+    across = math.ceil((len(names) + 2) / 2)
+    figure, both = plt.subplots(2, across, figsize=(4 * across, 6.4), layout="constrained")
+    grid = both.flat[: len(names) + 2]
+    for axes in both.flat[len(names) + 2 :]:
+        axes.set_axis_off()
     for axes, name in zip(grid, names, strict=False):
         its = layers[layers.network == name]
         width = its[["m", "n"]].min(axis=1)
@@ -149,9 +153,8 @@ def draw(table: pd.DataFrame) -> Figure:
         axes.plot(x, 100 * its["r, A"] / width, "o-", ms=3, color=style.BLACK, label="certified, A")
         axes.plot(x, 100 * its["r, B"] / width, ":", color=style.BLACK, label="certified, B")
         axes.plot(x, 100 * its.r / width, "o-", ms=3, color=colours[name], label="predicted, A")
-        axes.set(title=name, xlabel="layer", ylim=(0, 103))
-        axes.legend(fontsize=7, loc="upper right")
-    grid[0].set(ylabel="utilization (%)")
+        axes.set(title=name, xlabel="layer", ylabel="utilization (%)", ylim=(0, 103))
+        axes.legend(fontsize=7, loc="upper left")
     fits = table[table.layer.isna()]
     by_tolerance, by_law = grid[-2:]
     for name, its in fits.groupby("network", sort=False):
