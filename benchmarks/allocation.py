@@ -20,7 +20,7 @@ from utilized_rank.report.figures import style
 from utilized_rank.training import models
 from utilized_rank.training.sections import Model
 
-from .setting import Setting, digits
+from .setting import Setting, cases
 
 TITLE = "Allocation: what a budget adds up"
 WAYS = {"energy": 0, "divergence": 500, "curvature": 128}
@@ -33,15 +33,14 @@ NOTE = f"""Each layer's form and rank for a budget of parameters, by dynamic pro
 BALF's energy; the divergence of the predictions, measured at a few ranks of every layer and form on
 {WAYS["divergence"]} inputs; and the same from one backward pass, measured where the budget cuts, on
 {WAYS["curvature"]} inputs (the default). Moments are not counted, all else is. Left: points lost by compensated
-weights, untrained, with paired 95% intervals (ResNets on the 10,000 test images of CIFAR-10, the ViT on 540 digits,
-which these budgets cost nothing). Right: seconds for half of the parameters as networks grow deeper
-(random weights)."""
+weights, untrained, with paired 95% intervals (public networks on the test images of CIFAR-10, the ViT on digits).
+Right: seconds for half of the parameters as networks grow deeper (random weights)."""
 
 
 def measure(setting: Setting) -> pd.DataFrame:
     """One row a network, way and budget."""
     rows = []
-    for name, its in cases(setting):
+    for name, its in cases(setting, "ViT"):
         network = its.network(name)
         test, labels = its.search(len(its.dataset.splits["search"]))
         before = is_correct(network, test, labels)
@@ -70,12 +69,6 @@ def measure(setting: Setting) -> pd.DataFrame:
             rows[-1] |= {"parameters kept": 0.5, "seconds": seconds}
             print(rows[-1], flush=True)
     return pd.DataFrame(rows)
-
-
-def cases(setting: Setting) -> Iterator[tuple[str, Setting]]:
-    """The networks, each with its data: the public ones where they lie, and a transformer on digits."""
-    yield from ((name, setting) for name in setting.public() if setting.name == "cifar10")
-    yield "ViT", setting if setting.name == "digits" else digits()
 
 
 def _ways(network: nn.Module, images: Tensor, some: list[str]) -> Iterator[tuple[str, Compression, float]]:

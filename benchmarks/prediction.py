@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -18,7 +17,7 @@ from utilized_rank.ranks.measure import measure as measured
 from utilized_rank.ranks.prediction import INPUTS
 from utilized_rank.report.figures import style
 
-from .setting import Setting, digits
+from .setting import Setting, cases
 
 TITLE = "Prediction: ranks from one backward pass"
 EPSILON = 0.5
@@ -37,7 +36,7 @@ by a temperature T (Guo et al. 2017), 2Tε. Margins and the number of classes do
 def measure(setting: Setting) -> pd.DataFrame:
     """One row a network, tolerance and layer: certified on each half where that was asked, and predicted."""
     rows: list[dict[str, object]] = []
-    for name, its in cases(setting):
+    for name, its in cases(setting, "VGG11", "ViT"):
         network = its.network(name)
         inputs, labels = its.search(len(its.dataset.splits["search"]))
         half = len(labels) // 2
@@ -71,14 +70,6 @@ def measure(setting: Setting) -> pd.DataFrame:
         rows += [about | {"epsilon": e, "threshold": at} for e, at in found["thresholds"].thresholds.items()]
         print(name, flush=True)
     return pd.DataFrame(rows)
-
-
-def cases(setting: Setting) -> Iterator[tuple[str, Setting]]:
-    """The networks, each with its data: the public ones where they lie, and small ones on digits."""
-    if setting.name == "cifar10":
-        yield from ((name, setting) for name in setting.public())
-    small = setting if setting.name == "digits" else digits()
-    yield from ((name, small) for name in ("VGG11", "ViT"))
 
 
 def forwards(found: Measurement, images: int, certified: bool) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -99,6 +100,14 @@ def digits() -> Setting:
     """Scikit-learn's digits, which are always there."""
     data = Data(source="sklearn", dataset="digits", image_size=32, search=0.3, test=0.1)
     return Setting("digits", prepare.build(data, SEED, ROOT)[0])
+
+
+def cases(here: Setting, *small: str) -> Iterator[tuple[str, Setting]]:
+    """Networks, each with its data: the public ones where they lie, and those of some names on digits."""
+    if here.name == "cifar10":
+        yield from ((name, here) for name in here.public())
+    its = here if here.name == "digits" else digits()
+    yield from ((name, its) for name in small)
 
 
 def _cifar10() -> Dataset:
