@@ -161,8 +161,8 @@ def test_a_joint_search_is_certified_by_networks_that_were_really_built(compress
             smaller = found.choices | {name: way}
             small = made.build("optimal", smaller).network
             assert is_correct(small, inputs, labels).mean() < needed - 1e-9
-            asked = (name, way, made.budgets("params").cost(smaller), False)
-            assert asked in [(s.layer, s.way, s.cost, s.passes) for s in found.descent]
+            asked = ({name: way}, made.budgets("params").cost(smaller), False)
+            assert asked in [(s.cuts, s.cost, s.passes) for s in found.descent]
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -447,7 +447,7 @@ def test_a_descent_ends_where_no_layer_can_be_made_smaller(make, images, allowed
         for way in budgets.cheaper(choices, name)[:1]:
             smaller = choices | {name: way}
             assert not passes(smaller)
-            last = [step for step in tried if (step.layer, step.way, step.cost) == (name, way, budgets.cost(smaller))]
+            last = [step for step in tried if (step.cuts, step.cost) == ({name: way}, budgets.cost(smaller))]
             assert last
             assert not last[-1].passes
 

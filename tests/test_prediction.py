@@ -219,18 +219,16 @@ def test_what_cannot_be_predicted_is_said_in_one_line(digits):
         measure(blind, search, images, [3.0], criterion="predicted")
     assert "\n" not in str(said.value)
     with pytest.raises(InputError, match="search its ranks"):
-        utilized_rank.measure(blind, (images, labels), images, epsilon=3.0, certify=False)
+        utilized_rank.measure(blind, (images, labels), images, epsilon=3.0, criterion="predicted")
     with pytest.raises(InputError, match="needs search="):
-        utilized_rank.measure(network, calibration=images, epsilon=3.0, certify=False)
+        utilized_rank.measure(network, calibration=images, epsilon=3.0, criterion="predicted")
     with pytest.raises(InputError, match="energy="):
-        utilized_rank.measure(network, calibration=images, energy=0.9, certify=False)
-    with pytest.raises(InputError, match="'utilized'"):
-        utilized_rank.measure(network, (images, labels), epsilon=3.0, certify=False, criterion="utilized")
+        utilized_rank.measure(network, calibration=images, energy=0.9, criterion="predicted")
 
 
 def test_a_predicted_utilization_says_so_wherever_it_is_shown(digits):
     network, images, labels = digits
-    found = utilized_rank.measure(network, (images, labels), images, epsilon=3.0, certify=False)
+    found = utilized_rank.measure(network, (images, labels), images, epsilon=3.0, criterion="predicted")
     low, high = found.mlu_range
     assert low <= found.mlu <= high
     assert found.record()["predicted"]

@@ -29,7 +29,6 @@ def measure(
     score: Score | None = None,
     centred: bool = False,
     criterion: Criterion = "rank",
-    certify: bool = True,
     precision: Precision = "float32",
     rows: int | None = 4,
     memory: int = 2048,
@@ -40,8 +39,7 @@ def measure(
 
     With ``epsilon``, ranks are searched: the smallest with which the score stays within it (Garg et al. 2024). With
     ``energy`` they are those that hold this fraction of the variance of a layer's inputs and outputs: sooner, without
-    labels. Without ``certify``, what a search would find is predicted, for networks of which it takes too long: from
-    one backward pass, and verdicts on five layers that fix how much may be lost.
+    labels.
 
     Interrupted from the keyboard, it gives back the layers that are done.
 
@@ -55,8 +53,9 @@ def measure(
         energy: fraction of the variance, above 0, up to 1.
         score: any function of a network, the higher the better, in place of the accuracy on ``search``.
         centred: with ``energy``: of the deviations from the mean rather than of the values.
-        criterion: with ``epsilon``: which ranks are searched (see :data:`utilized_rank.ranks.measure.Criterion`).
-        certify: with ``epsilon``: False predicts the ranks, each with a range (``criterion="predicted"`` is the same).
+        criterion: with ``epsilon``: which ranks are searched (see :data:`utilized_rank.ranks.measure.Criterion`). Where
+            a search takes too long, "predicted" says what it would find, each rank with a range: from one backward
+            pass, and verdicts on five layers that fix how much may be lost.
         precision: of the network's arithmetic in the search.
         rows: that a layer's moment is taken over, as a multiple of its width m; all where it is None.
         memory: MiB that the search may use to keep what flows into a layer.
@@ -73,11 +72,8 @@ def measure(
         raise InputError(f"energy={energy:g} is no fraction: it lies above 0, up to 1")
     if epsilon is not None:
         check_tolerance(epsilon)
-    certify = certify and criterion != "predicted"
-    if not certify and energy is not None:
-        raise InputError("ranks at energy= are exact, and need no search: certify=False goes with epsilon=")
-    if not certify and criterion not in ("rank", "predicted"):
-        raise InputError(f"certify=False predicts what criterion='rank' finds, not {criterion!r}")
+    if criterion == "predicted" and energy is not None:
+        raise InputError("ranks at energy= are exact, and need no search: criterion='predicted' goes with epsilon=")
     goal = None if epsilon is None else goal_of(network, search, score)
     inputs = inputs_of(search if calibration is None else calibration, network, "calibration")
     its, stay = standard(network, inputs[:1])
@@ -99,7 +95,7 @@ def measure(
                 goal,
                 inputs,
                 [epsilon],
-                criterion=criterion if certify else "predicted",
+                criterion=criterion,
                 precision=precision,
                 rows=rows,
                 memory=memory,
@@ -108,7 +104,7 @@ def measure(
                 partial=True,
             )
         except library.Unpredictable as error:
-            raise InputError(f"certify=False: {error}") from None
+            raise InputError(f"criterion={criterion!r}: {error}") from None
         about: dict[str, Any] = {"epsilon": epsilon, "score": whole.score, "search": whole.search_images}
         left_out, moments = whole.left_out, whole.moments
     else:

@@ -145,11 +145,10 @@ def _options(candidate: Candidate, ways: list[Way], costs: Costs, losses: Table)
 
 @dataclass(frozen=True)
 class Step:
-    """One network that was tried with one layer smaller than in the smallest that had passed."""
+    """One network that was tried with some layers smaller than in the smallest that had passed."""
 
-    layer: str
-    way: Way
-    """Its form and rank."""
+    cuts: Choices
+    """The forms and ranks of those layers."""
     cost: int
     """What the network costs."""
     passes: bool
@@ -167,7 +166,7 @@ class Joint:
     cumulative: int | None = None
     """What a cumulative search's choices cost where they passed and cost less."""
     descent: list[Step] = field(default_factory=list)
-    """Single layers made smaller from there on: in the end no layer's next cheaper choice passes."""
+    """Layers made smaller from there on: in the end no layer's next cheaper choice passes."""
 
 
 def joint(budgets: Budgets, passes: Callable[[Choices], bool]) -> Joint:
@@ -187,39 +186,42 @@ def joint(budgets: Budgets, passes: Callable[[Choices], bool]) -> Joint:
 
 
 def descend(budgets: Budgets, start: Choices, passes: Callable[[Choices], bool]) -> tuple[Choices, list[Step]]:
-    """Make layers smaller one at a time, as long as the whole network passes.
+    """Make layers smaller, as long as the whole network passes.
 
-    The layer that saves most for the least that is thought to be lost comes first, in steps that double while they
-    pass. In the end the next cheaper choice of every layer has failed beside the others as they then are; choices that
-    another one beats in both cost and loss are left out.
+    Those that save most for the least that is thought to be lost come first, half of all at once, half of that where it
+    fails, and twice as many where it passes; each in steps that double while they pass. In the end the next cheaper
+    choice of every layer has failed by itself beside the others as they then are; choices that another one beats in
+    both cost and loss are left out.
 
     Args:
         budgets: of the layers.
         start: choices that pass.
         passes: the verdict on the network with these choices.
     """
-    choices, tried, cuts = dict(start), cast(list[Step], []), 0
+    choices, tried, passed = dict(start), cast(list[Step], []), 0
     stride = dict.fromkeys(budgets.names, 1)
-    failed: dict[str, int] = {}  # by layer, how many cuts had been made when its next cheaper choice last failed
+    failed: dict[str, int] = {}  # by layer, how many had passed when its next cheaper choice last failed
+    together = max(1, len(stride) // 2)
     while cheaper := {
-        name: its for name in budgets.names if failed.get(name) != cuts and (its := budgets.cheaper(choices, name))
+        name: its for name in budgets.names if failed.get(name) != passed and (its := budgets.cheaper(choices, name))
     }:
         # Those that failed beside larger ones are asked again when all others are done.
         offers = {n: its[min(stride[n], len(its)) - 1] for n, its in cheaper.items() if n not in failed} or {
             n: its[0] for n, its in cheaper.items()
         }
-        name = max(offers, key=lambda n: budgets.gain(choices, n, offers[n]))
-        way = offers[name]
-        is_next = way == cheaper[name][0]
-        smaller = choices | {name: way}
-        tried.append(Step(name, way, budgets.cost(smaller), passes(smaller)))
+        best = sorted(offers, key=lambda n: budgets.gain(choices, n, offers[n]), reverse=True)[:together]
+        cuts = {name: offers[name] for name in best}
+        smaller = choices | cuts
+        tried.append(Step(cuts, budgets.cost(smaller), passes(smaller)))
         if tried[-1].passes:
-            choices, cuts, stride[name] = smaller, cuts + 1, 2 * stride[name]
-            failed.pop(name, None)
-        elif is_next:
-            failed[name], stride[name] = cuts, 1
-        else:
-            stride[name] = 1
+            choices, passed, together = smaller, passed + 1, 2 * len(cuts)
+            stride |= {name: 2 * stride[name] for name in cuts}
+            failed = {name: its for name, its in failed.items() if name not in cuts}
+            continue
+        together = max(1, len(cuts) // 2)
+        stride |= dict.fromkeys(cuts, 1)
+        if len(cuts) == 1 and offers[best[0]] == cheaper[best[0]][0]:
+            failed[best[0]] = passed
     return choices, tried
 
 

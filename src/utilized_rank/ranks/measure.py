@@ -112,22 +112,24 @@ def measure(
     verdicts = trials(network, score, memory, precision, certifies)
     thresholds, known = ({}, {}) if certifies else _fitted(flows, begins, verdicts, epsilons)
 
-    def of(layer: Layer) -> list[Row]:
-        if layer.name in known:
-            return [_predicted(layer, known[layer.name], its, epsilon) for epsilon, its in thresholds.items()]
+    def subspaces(layer: Layer) -> tuple[Subspace, Subspace]:
         # No rank beyond min(m, n) is tried, but an energy threshold is a part of all eigenvalues.
-        s, t = bases(layer, flows.moments[layer.name], None if criterion == "energy" else layer.width)
-        if not certifies:
-            prediction = begins.prediction(layer, s, t)
-            return [_predicted(layer, prediction, its, epsilon) for epsilon, its in thresholds.items()]
+        return bases(layer, flows.moments[layer.name], None if criterion == "energy" else layer.width)
+
+    def searched(layer: Layer) -> list[Row]:
+        s, t = subspaces(layer)
         ranks = {epsilon: layer_ranks(layer, s, t, verdicts, epsilon, criterion, begins) for epsilon in epsilons}
         return [row(layer, its, epsilon=epsilon) for epsilon, its in ranks.items()]
+
+    def predicted(layer: Layer) -> list[Row]:
+        prediction = known.get(layer.name) or begins.prediction(layer, *subspaces(layer))
+        return [_predicted(layer, prediction, its, epsilon) for epsilon, its in thresholds.items()]
 
     left_out = dict(flows.left_out)
     found: list[Row] = []
     with interruptible(flows.layers, found, left_out, partial):
         for layer in tqdm(flows.layers, desc="rank search" if certifies else "prediction", unit="layer"):
-            its = of(layer)
+            its = searched(layer) if certifies else predicted(layer)
             found += its
             on_layer(its)
     return Measurement(

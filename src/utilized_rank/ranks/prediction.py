@@ -38,7 +38,7 @@ class Prediction:
 
     With B = W^T P_S C_S W = sum_{i <= k_S} sigma_i w_i w_i^T, w_i = W^T v_i, it is D^T C_S D = C_T - B P_T - P_T B +
     P_T B P_T. In the basis of C_T, P_T cuts rows and columns off: of each i, what all k_T keep is a sum along them, so
-    that two products with G tell all ranks at once.
+    that one product with G tells all ranks at once.
 
     Args:
         layer: of a network.
@@ -53,14 +53,14 @@ class Prediction:
         g = basis.mT @ curvature.to(basis) @ basis  # (g, K_T, K_T)
         w = basis.mT @ layer.weight().to(basis).mT @ s.vectors  # the w_i, (g, K_T, K_S)
         diagonal = g.diagonal(dim1=-2, dim2=-1)
-        # Of each i, by the rows of P_T: tr(w w^T P_T G) grows by w (G w), tr(P_T w w^T P_T G) by w (2 L w + diag(G) w),
-        # L the triangle of G below its diagonal. Twice the first, less the second, is kept: (g, K_T, K_S).
-        kept = 2 * w * (g @ w) - w * (2 * g.tril(-1) @ w + diagonal.unsqueeze(-1) * w)
+        # Of each i, 2 tr(w w^T P_T G) - tr(P_T w w^T P_T G) is kept. By the rows of P_T the first trace grows by
+        # w (G w), the second by w (2 L w + diag(G) w), G = L + diag(G) + L^T: a product with L^T is left.
+        kept = w * (2 * g.triu(1) @ w + diagonal.unsqueeze(-1) * w)  # (g, K_T, K_S)
         kept = (kept * s.values[:, None, : s.vectors.shape[-1]]).sum(0)
         everything = (t.values[:, : basis.shape[-1]] * diagonal).sum(0)  # C_T itself, which is diagonal: (K_T,)
         self._total = everything.sum().cpu()
-        self._kept = _from_zero(_from_zero(kept, 0), 1).cpu()  # (K_T + 1, K_S + 1)
-        self._kept_of_all = _from_zero(everything, 0).cpu()  # (K_T + 1,)
+        # (K_T + 1, K_S + 2), the last column of no projection of the inputs.
+        self._kept = torch.cat([_from_zero(_from_zero(kept, 1), 0), _from_zero(everything[:, None], 0)], 1).cpu()
 
     @property
     def whole(self) -> float:
@@ -69,8 +69,7 @@ class Prediction:
 
     def __call__(self, k_s: int, k_t: int) -> float:
         """In nats; k_S = m stands for no projection of the inputs, k_T = n of the outputs."""
-        rows = min(k_t, len(self._kept) - 1)
-        kept = self._kept_of_all[rows] if k_s == self._whole[0] else self._kept[rows, k_s]
+        kept = self._kept[min(k_t, len(self._kept) - 1), -1 if k_s == self._whole[0] else k_s]
         return max(0.0, float(self._total - kept) / 2)  # rounding may leave less than nothing
 
     def ranks(self, threshold: float) -> Ranks:

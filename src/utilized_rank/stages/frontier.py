@@ -109,10 +109,11 @@ def untrained(
 
 
 def boundaries_table(boundaries: dict[str, Joint], parameters: int) -> pd.DataFrame:
-    """Every network that a joint search tried, in order: ranks, path, layer, form, rank, budget, kept, passes.
+    """Every network that a joint search tried, in order: ranks, path, cuts, budget, kept, passes.
 
-    On the path of budgets and the cumulative one no layer is named; on the descent from there, it is the one that was
-    made smaller, and how. What the network costs is the budget, in parameters, and ``kept`` a part of all of them.
+    On the path of budgets and the cumulative one no cut is named; on the descent from there, they are the layers that
+    were made smaller, each with its form and rank. What the network costs is the budget, in parameters, and ``kept`` a
+    part of all of them.
 
     Args:
         boundaries: by the name of the policy.
@@ -125,11 +126,10 @@ def boundaries_table(boundaries: dict[str, Joint], parameters: int) -> pd.DataFr
         ]
         its += [{"path": "cumulative", "budget": found.cumulative, "passes": True}] if found.cumulative else []
         for step in found.descent:
-            cut = {"layer": step.layer, "form": step.way[0], "rank": step.way[1]}
-            its.append({"path": "descent", **cut, "budget": step.cost, "passes": step.passes})
+            cuts = "; ".join(f"{layer} {form} {rank}" for layer, (form, rank) in step.cuts.items())
+            its.append({"path": "descent", "cuts": cuts, "budget": step.cost, "passes": step.passes})
         rows += [{"ranks": name, **row, "kept": row["budget"] / parameters} for row in its]
-    columns = ["ranks", "path", "layer", "form", "rank", "budget", "kept", "passes"]
-    return pd.DataFrame(rows, columns=columns).astype({"rank": "Int64"})
+    return pd.DataFrame(rows, columns=["ranks", "path", "cuts", "budget", "kept", "passes"])
 
 
 def paths_table(tried: pd.DataFrame) -> pd.DataFrame:
