@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .sections import StudyError
+
 if TYPE_CHECKING:
     import pandas as pd
     from torch import Tensor, nn
@@ -18,6 +20,10 @@ if TYPE_CHECKING:
 
 NAMES = ("layer", "run", "kind", "form", "method", "subspace")
 """Columns of tables that hold names."""
+
+
+class Damaged(StudyError):
+    """A file that is not as it was written."""
 
 
 def file_hash(path: Path) -> str:
@@ -28,7 +34,7 @@ def file_hash(path: Path) -> str:
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside ``path``; move it there when the block ends well, else drop it."""
+    """Give a temporary path beside ``path``; move it there, on the disk, when the block ends well, else drop it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
@@ -36,6 +42,8 @@ def whole(path: Path) -> Iterator[Path]:
     try:
         yield partial
         partial.chmod(0o644)
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())  # before its name: a name without its bytes is what a crash would leave
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
@@ -70,22 +78,45 @@ def read_table(path: Path) -> pd.DataFrame:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any] | None = None) -> None:
-    """Write tensors as safetensors; ``metadata`` is kept in the header as JSON."""
+    """Write tensors as safetensors; ``metadata`` is kept in the header as JSON, and a hash of all that beside it."""
     from safetensors.torch import save_file
 
-    header = {"json": json.dumps(metadata or {}, sort_keys=True)}
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    described = json.dumps(metadata or {}, sort_keys=True)
     with whole(path) as partial:
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, partial, metadata=header)
+        save_file(plain, partial, metadata={"json": described, "sha256": _content_hash(plain, described)})
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read tensors and metadata that :func:`write_tensors` wrote (or any safetensors file)."""
-    from safetensors import safe_open
+    """Read tensors and metadata that :func:`write_tensors` wrote (or any safetensors file).
 
-    with safe_open(path, framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        header = (file.metadata() or {}).get("json", "{}")
-    return tensors, json.loads(header)
+    Raises:
+        Damaged: it is cut short, or its content is not what its hash says.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            header = file.metadata() or {}
+    except SafetensorError as error:
+        raise Damaged(f"{path} is no whole safetensors file ({error})") from None
+    described = header.get("json", "{}")
+    if header.get("sha256", expected := _content_hash(tensors, described)) != expected:
+        raise Damaged(f"{path} is damaged: its content is not what its hash says")
+    return tensors, json.loads(described)
+
+
+def _content_hash(tensors: dict[str, Tensor], described: str) -> str:
+    """SHA-256 over names, types, shapes and values, and what is said of them."""
+    import torch
+
+    found = hashlib.sha256(described.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        found.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        found.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 def write_network(path: Path, network: nn.Module, metadata: dict[str, Any] | None = None) -> None:

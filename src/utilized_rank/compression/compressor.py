@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 from tqdm import tqdm
@@ -16,6 +16,7 @@ from ..networks.evaluation import Score, received
 from ..ranks.layers import Layer, countable
 from ..ranks.moments import Moments
 from ..ranks.projection import bases
+from ..ranks.trials import Recall, worked_out
 from .compensation import Compensation
 from .costs import COSTS, Candidate, Choices, Costs, candidates
 from .decomposition import Decomposed
@@ -39,6 +40,7 @@ class Compression:
         together: inputs at a time, where latency is measured.
         memory: MiB that the values that flow into a layer may take.
         progress: show how far losses and weights are.
+        recall: verdicts of searches from before an interruption.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class Compression:
         together: int = 64,
         memory: int = 2048,
         progress: bool = False,
+        recall: Recall = worked_out,
     ) -> None:
         self.network = network.eval()
         self.moments = moments
@@ -64,6 +67,7 @@ class Compression:
         self.together = together
         self.memory = memory
         self.progress = progress
+        self.recall = recall
         found = [layer for layer in countable(network).layers if layer.name in moments]
         self.left_whole = indivisible(network, found, inputs[:1])
         """Layers that cannot be put in two, and why."""
@@ -108,15 +112,23 @@ class Compression:
     def _joint(self, method: str, epsilon: float) -> Joint:
         score = self._asked()
         needed = score(self.network) - epsilon - 1e-9
-        smallest = Decomposed(self.network, {})  # that passes
+        smallest, its = Decomposed(self.network, {}), cast(Choices, {})  # that passes
+
+        def tried(choices: Choices) -> bool:
+            nonlocal smallest
+            if smallest.choices() != its:  # its verdict is remembered
+                smallest = self.build(method, its)
+            made = self._from(smallest, method, choices, {})
+            passes = score(made.network) >= needed
+            smallest = made if passes else smallest
+            return passes
 
         def passes(choices: Choices) -> bool:
-            nonlocal smallest
-            made = self._from(smallest, method, choices, {})
-            if score(made.network) < needed:
-                return False
-            smallest = made
-            return True
+            nonlocal its
+            question = ["joint", method, epsilon, [[name, *way] for name, way in choices.items()]]
+            verdict = bool(self.recall(question, lambda: tried(choices)))
+            its = choices if verdict else its
+            return verdict
 
         budgets = self.budgets("params")
         found = joint(budgets, passes)
@@ -165,7 +177,7 @@ class Compression:
     def _spend(self, method: str, epsilon: float) -> Choices:
         small = copy.deepcopy(self.network)
         layers, flops = list(self.layers.values()), self._costs("flops")
-        search = Cumulative(small, layers, self.forms, flops, self._asked(), epsilon, self.memory)
+        search = Cumulative(small, layers, self.forms, flops, self._asked(), epsilon, self.memory, self.recall)
         whole = {layer.name: (layer.m, layer.n) for layer in layers}
         return self._in_turn(small, method, whole, search.choose).choices()
 

@@ -15,6 +15,7 @@ from ..networks.evaluation import Score
 from ..networks.standing import Standing
 from ..ranks.layers import Layer, Weighted
 from ..ranks.rank_search import smallest
+from ..ranks.trials import Recall, worked_out
 from .allocation import Allocation, Options
 from .costs import Candidate, Choices, Costs, Way, candidates
 from .losses import Losses, Points, Table, cut_to
@@ -258,6 +259,7 @@ class Cumulative:
         score: of the search split, the higher the better.
         epsilon: in percentage points of accuracy, or in the unit of the score.
         memory: MiB.
+        recall: verdicts from before an interruption.
     """
 
     def __init__(
@@ -269,7 +271,9 @@ class Cumulative:
         score: Score,
         epsilon: float,
         memory: int,
+        recall: Recall = worked_out,
     ) -> None:
+        self._recall = recall
         self._places = {layer.name: i + 1 for i, layer in enumerate(layers)}
         self._network, self._forms, self._flops = network, forms, flops
         self._standing = Standing(network, score, memory)
@@ -288,9 +292,13 @@ class Cumulative:
             form, its = closest(candidate, rank, self._flops)
             return candidate.cuts[form].factors(its)
 
-        def passes(rank: int) -> bool:
+        def tried(rank: int) -> bool:
             with cut_to(inside, factors(rank)):
                 return self._standing.now() >= needed - 1e-9
+
+        def passes(rank: int) -> bool:
+            question = ["cumulative", layer.name, rank, needed]
+            return bool(self._recall(question, lambda: tried(rank)))
 
         most = candidate.saving("channel")
         rank = smallest(passes, 0, most + 1)

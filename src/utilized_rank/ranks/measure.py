@@ -22,7 +22,7 @@ from .prediction import Curve, Fitted, Guide, Prediction, fitted, guide, handful
 from .projection import bases
 from .rank_search import Ranks, search, search_energy, search_utilized
 from .subspaces import Subspace, energy_rank, output_spectrum, spectrum
-from .trials import Scored, Trials, evaluations_table, trials
+from .trials import Recall, Scored, Trials, evaluations_table, trials, worked_out
 
 Criterion = Literal["rank", "utilized", "energy", "predicted"]
 """Search k_S and k_T each on its own; only the smaller of them; or one energy threshold for both. Or predict them from
@@ -83,6 +83,7 @@ def measure(
     batch_size: int = 128,
     on_layer: Callable[[list[Row]], None] = lambda rows: None,
     partial: bool = False,
+    recall: Recall = worked_out,
 ) -> Measurement:
     """Measure the utilized rank of every countable layer of ``network``, layer by layer, others intact.
 
@@ -98,6 +99,7 @@ def measure(
         batch_size: images a batch in the moment pass.
         on_layer: is given the rows of each layer when it is done.
         partial: where it is interrupted from the keyboard, give back the layers that are done.
+        recall: what was seen before an interruption.
 
     Raises:
         FloatingPointError: a layer receives NaN or Inf.
@@ -109,7 +111,7 @@ def measure(
     certifies = criterion != "predicted"
     if not certifies:
         flows = _reached(flows, begins)
-    verdicts = trials(network, score, memory, precision, certifies)
+    verdicts = trials(network, score, memory, precision, certifies, recall)
     thresholds, known = ({}, {}) if certifies else _fitted(flows, begins, verdicts, epsilons)
 
     def subspaces(layer: Layer) -> tuple[Subspace, Subspace]:

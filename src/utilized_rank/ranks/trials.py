@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from itertools import accumulate
+from typing import Any
 
 import pandas as pd
 import torch
@@ -22,6 +24,17 @@ from ..networks.suffix import Suffix, Traced
 from .layers import Layer
 from .projection import projected, replaced
 from .subspaces import Subspace
+
+Recall = Callable[[Any, Callable[[], Any]], Any]
+"""Gives the answer (JSON) to a question (JSON): one that is remembered, or what a function works out.
+
+Questions come in an order that follows from the answers."""
+
+
+def worked_out(question: Any, work_out: Callable[[], Any]) -> Any:
+    """Nothing is remembered."""
+    return work_out()
+
 
 PROBE = 0.2
 """Part of the search split that a guess looks at: nearly all images that a projection turns are in it."""
@@ -68,6 +81,7 @@ class Trials:
         precision: of the network's arithmetic, the unaltered one's too.
         batch_size: images looked at before the next check whether the verdict is certain.
         certifies: whether verdicts are those of the whole split; else all are guesses, and only the probe is kept.
+        recall: what was seen before an interruption.
     """
 
     def __init__(
@@ -78,6 +92,7 @@ class Trials:
         precision: Precision = "float32",
         batch_size: int = 64,
         certifies: bool = True,
+        recall: Recall = worked_out,
     ) -> None:
         device = device_of(network)
         self._device, self._looks = device.type, looks(device)
@@ -94,6 +109,7 @@ class Trials:
         by_batch = torch.stack([batch.sum() for batch in right[order].split(batch_size)])
         self._right_before = [0, *accumulate(by_batch.tolist())]
         self._suffix = Suffix(Traced(network), search.inputs, order.cpu().split(batch_size), memory * 2**20)
+        self._recall = recall
         self._layer: Layer | None = None
         self._share = 1.0
         self.correct = int(right.sum())
@@ -124,17 +140,23 @@ class Trials:
         trial = self._trials.setdefault((layer.name, k_s, k_t), Trial())
         verdict = self._verdict(trial, self.needed(epsilon), certified)
         if verdict is None:
-            began, known = time.perf_counter(), trial.images
-            self._turn_to(layer)
-            with replaced({layer: projected(layer.weight(), s, t, k_s, k_t)}):
-                while verdict is None:
-                    self._look(trial)
-                    verdict = self._verdict(trial, self.needed(epsilon), certified)
-            seen = trial.images - known
-            forwards = seen / self.images * self._share
-            seconds = time.perf_counter() - began
+            known = trial.images
+
+            def looked() -> list[float]:
+                began = time.perf_counter()
+                self._turn_to(layer)
+                with replaced({layer: projected(layer.weight(), s, t, k_s, k_t)}):
+                    while self._verdict(trial, self.needed(epsilon), certified) is None:
+                        self._look(trial)
+                forwards = (trial.images - known) / self.images * self._share
+                return [trial.batches, trial.images, trial.correct, forwards, time.perf_counter() - began]
+
+            question = [layer.name, k_s, k_t, epsilon, certified]
+            trial.batches, trial.images, trial.correct, forwards, seconds = self._recall(question, looked)
+            verdict = self._verdict(trial, self.needed(epsilon), certified)
+            assert verdict is not None
             self.evaluations.append(
-                Evaluation(layer.name, epsilon, k_s, k_t, certified, seen, verdict, forwards, seconds)
+                Evaluation(layer.name, epsilon, k_s, k_t, certified, trial.images - known, verdict, forwards, seconds)
             )
         return verdict
 
@@ -181,14 +203,17 @@ class Scored:
         network: in evaluation mode from now on.
         score: the higher the better.
         precision: of the network's arithmetic, the unaltered one's too.
+        recall: what was found before an interruption.
     """
 
     likely = None
     """No part of a score tells the whole."""
 
-    def __init__(self, network: nn.Module, score: Score, precision: Precision = "float32") -> None:
+    def __init__(
+        self, network: nn.Module, score: Score, precision: Precision = "float32", recall: Recall = worked_out
+    ) -> None:
         self.network = network.eval()
-        self._score = score
+        self._score, self._recall = score, recall
         self._device = device_of(network).type
         self.precision = resolved(precision, self._device)
         self._found: dict[tuple[str, int, int], float] = {}
@@ -207,25 +232,34 @@ class Scored:
         if (k_s, k_t) == (layer.m, layer.n):
             return True
         key = (layer.name, k_s, k_t)
-        known, began = key in self._found, time.perf_counter()
-        if not known:
+        known, seconds = key in self._found, 0.0
+
+        def found() -> list[float]:
+            began = time.perf_counter()
             with replaced({layer: projected(layer.weight(), s, t, k_s, k_t)}):
-                self._found[key] = self._now()
+                return [self._now(), time.perf_counter() - began]
+
+        if not known:
+            self._found[key], seconds = self._recall([*key], found)
         # What is no number fails: NaN is not greater than anything.
         verdict = self._found[key] >= self.score - epsilon - 1e-9
         if not known:
-            seconds = time.perf_counter() - began
             self.evaluations.append(Evaluation(layer.name, epsilon, k_s, k_t, True, 0, verdict, 1.0, seconds))
         return verdict
 
 
 def trials(
-    network: nn.Module, score: Score, memory: int, precision: Precision, certifies: bool = True
+    network: nn.Module,
+    score: Score,
+    memory: int,
+    precision: Precision,
+    certifies: bool = True,
+    recall: Recall = worked_out,
 ) -> Trials | Scored:
     """All trials on one network: of labels, with an exact early stop; of any other score, evaluated whole."""
     if isinstance(score, Labelled):
-        return Trials(network, score, memory, precision, certifies=certifies)
-    return Scored(network, score, precision)
+        return Trials(network, score, memory, precision, certifies=certifies, recall=recall)
+    return Scored(network, score, precision, recall)
 
 
 def evaluations_table(evaluations: list[Evaluation]) -> pd.DataFrame:

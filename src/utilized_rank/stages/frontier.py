@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pandas as pd
 from torch import nn
 
+from ..base.journal import NOTHING_KEPT, Answers, Journal
 from ..base.sections import StudyError
 from ..compression.compressor import Compression
 from ..compression.costs import Choices
+from ..compression.decomposition import Decomposed
 from ..compression.lowrank import weights_a_rank
 from ..compression.pairs import restructure
 from ..compression.policies import Joint
@@ -24,7 +27,12 @@ from ..training.sections import Model
 
 
 def compression(
-    network: nn.Module, moments: dict[str, Moments], dataset: Dataset, asked: Frontier, memory: int
+    network: nn.Module,
+    moments: dict[str, Moments],
+    dataset: Dataset,
+    asked: Frontier,
+    memory: int,
+    journal: Journal = NOTHING_KEPT,
 ) -> Compression:
     """The low-rank networks of one measured network, as a study asks for them.
 
@@ -34,6 +42,7 @@ def compression(
         dataset: its calibration images and its search split.
         asked: what is built, and how.
         memory: MiB that the values that flow into a layer may take.
+        journal: of verdicts before an interruption.
     """
     return Compression(
         network,
@@ -45,7 +54,31 @@ def compression(
         asked.loss_images,
         asked.latency_images,
         memory,
+        recall=Answers(journal, "searches"),
     )
+
+
+def built(
+    made: Compression,
+    method: str,
+    policy: Policy,
+    choices: Choices,
+    dimensions: dict[str, tuple[int, int]],
+    journal: Journal = NOTHING_KEPT,
+) -> Decomposed:
+    """The network of one kind of weights at the choices of a policy: built, or as it was before an interruption."""
+    name = f"{method}-{policy.name}"
+    kept = journal.get(name)
+    if kept is not None:
+        tensors, known = kept
+        network = copy.deepcopy(made.network)
+        restructure(network, known["forms"])
+        network.load_state_dict(tensors)
+        return Decomposed(network.eval(), known["forms"])
+    small = made.build(method, choices, dimensions)
+    tensors = {name: tensor.clone() for name, tensor in small.network.state_dict().items()}
+    journal.put(name, tensors, {"forms": small.forms}, f"{name} built")
+    return small
 
 
 def choices(made: Compression, policy: Policy, ranks: pd.DataFrame) -> Choices:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from ..base.journal import NOTHING_KEPT, Answers, Journal
 from ..base.sections import StudyError
 from ..datasets.data import Dataset
 from ..networks.evaluation import Labelled
@@ -13,8 +14,8 @@ from ..study.sections import Measure
 from ..study.tolerances import check_resolution
 
 
-def measure(network: nn.Module, dataset: Dataset, parameters: Measure) -> Measurement:
-    """Measure the utilized rank of every layer that counts, as ``parameters`` say.
+def measure(network: nn.Module, dataset: Dataset, parameters: Measure, journal: Journal = NOTHING_KEPT) -> Measurement:
+    """Measure the utilized rank of every layer that counts, as ``parameters`` say, and as far as the journal does not.
 
     Raises:
         StudyError: an epsilon is finer than one image of the search split; or ranks are to be predicted of a network
@@ -26,6 +27,8 @@ def measure(network: nn.Module, dataset: Dataset, parameters: Measure) -> Measur
     calibration = dataset.inputs("train", parameters.calibration_images)
     search = Labelled(dataset.inputs("search"), dataset.labels("search"))
     try:
-        return library.measure(network, search, calibration, parameters.epsilons, **how)
+        return library.measure(
+            network, search, calibration, parameters.epsilons, recall=Answers(journal, "rank search"), **how
+        )
     except library.Unpredictable as error:
         raise StudyError(f"measure.criterion predicted: {error}") from None

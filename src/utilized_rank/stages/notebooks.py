@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import sys
 import tempfile
 import time
@@ -14,10 +15,14 @@ from typing import Any
 import nbformat
 from nbformat import NotebookNode
 
+from ..base import journal
 from ..base.files import write_json, write_text
 from ..base.sections import StudyError
 from ..base.store import Store
 from ..study.config import Study
+from . import watch
+from .fingerprint import fingerprint
+from .watch import end_with_dvc
 
 STAGES: dict[str, tuple[str, str] | None] = {
     "prepare": None,
@@ -72,7 +77,8 @@ def keys_of(study: Study, stage: str) -> list[str | None]:
 def execute(study: Study, store: Store, stage: str, key: str | None) -> None:
     """Execute the notebook of a stage; its executed copy goes to ``data/<study>/executed/``.
 
-    While it runs, and when it fails, the copy is named ``.partial.ipynb``.
+    While it runs, and when it fails, the copy is named ``.partial.ipynb``. What an interrupted execution had finished,
+    of the same code, parameters and data, is taken up.
 
     Raises:
         StudyError: the stage or key does not exist, or a cell failed.
@@ -88,11 +94,20 @@ def execute(study: Study, store: Store, stage: str, key: str | None) -> None:
     partial.parent.mkdir(parents=True, exist_ok=True)
     takes = STAGES[stage]
     began = time.perf_counter()
+    end_with_dvc()
+    folder = store.data("journal", name, fingerprint(study, store, stage, key)[:16])
+    for other in folder.parent.glob("*"):
+        if other != folder:
+            shutil.rmtree(other)
+    if (there := journal.where(folder)) is not None:
+        print(f"{name} was interrupted: it goes on from {there}", flush=True)
+    os.environ[journal.FOLDER] = str(folder)
     # In the study's home, by which the notebook knows whose parameters to read.
     home = store.root / study.home
     _papermill(notebook, partial, {} if takes is None else {takes[0]: key}, store.root, home)
     write_text(done, nbformat.writes(_stable(nbformat.read(partial, as_version=4))))
     partial.unlink()
+    shutil.rmtree(folder.parent, ignore_errors=True)
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
     took = {"seconds": round(time.perf_counter() - began, 2), "peak_memory_mib": round(peak)}
     write_json(store.data("timings", f"{name}.json"), took)
@@ -106,7 +121,8 @@ def _papermill(path: Path, output: Path, parameters: dict[str, Any], root: Path,
         # A kernel of this very interpreter, whatever kernels are registered on the machine.
         spec = Path(folder, "kernels", "utilized-rank", "kernel.json")
         spec.parent.mkdir(parents=True)
-        argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", "--log-level=CRITICAL"]
+        kernel = [sys.executable, "-m", watch.__name__, str(os.getpid())]
+        argv = [*kernel, "-f", "{connection_file}", "--log-level=CRITICAL"]
         spec.write_text(json.dumps({"argv": argv, "display_name": "utilized-rank", "language": "python"}))
         os.environ["JUPYTER_PATH"] = folder
         os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")

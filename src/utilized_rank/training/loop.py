@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any, cast
 
 import pandas as pd
 import torch
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..base.journal import NOTHING_KEPT, Entry, Journal, random_state, restore_random_state
 from ..base.runtime import seeded
 from ..datasets.data import Dataset
 from ..datasets.images import Split
@@ -28,6 +30,7 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 def fit(
+    modules: Iterable[nn.Module],
     parameters: Iterable[nn.Parameter],
     loss: Loss,
     split: Split,
@@ -36,18 +39,21 @@ def fit(
     precision: Precision = "float32",
     after_epoch: Callable[[], dict[str, float]] = dict,
     title: str = "training",
+    journal: Journal = NOTHING_KEPT,
 ) -> pd.DataFrame:
     """Minimise ``loss`` over ``parameters``.
 
     Args:
-        parameters: what is trained.
+        modules: whose state training changes.
+        parameters: what is trained, of them.
         loss: of a batch.
         split: what batches are drawn from, without replacement in an epoch.
         recipe: epochs, batch size, optimiser and schedule.
         generator: orders the images.
         precision: of the autocast around ``loss``.
         after_epoch: further columns for the curve.
-        title: of the progress bar.
+        title: of the progress bar, and of what the journal has of it.
+        journal: where it goes on after an interruption, step by step as it would have.
 
     Returns the curve, one row an epoch: epoch (from 1), lr, loss, and the columns of ``after_epoch``.
 
@@ -56,16 +62,33 @@ def fit(
     """
     parameters = [p for p in parameters if p.requires_grad]
     device = parameters[0].device
+    whole = nn.ModuleList(modules)
     optimizer = _optimizer(parameters, recipe)
     # The last, smaller batch is dropped (batch norm needs more than a few), unless it is the only one.
     batch_size = min(recipe.batch_size, len(split))
     steps = len(split) // batch_size
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _warmup_cosine(recipe, steps))
-    curve = []
-    for epoch in tqdm(range(1, recipe.epochs + 1), desc=title, unit="epoch"):
-        order = torch.randperm(len(split), generator=generator)[: steps * batch_size]
-        sums, rate = torch.zeros((), dtype=torch.float64, device=device), optimizer.param_groups[0]["lr"]
-        for images, labels in split.batches(order.split(batch_size)):
+    first, step, curve = 1, 0, cast(list[dict[str, float]], [])
+    order, sums, rate = torch.empty(0, dtype=torch.int64), torch.zeros((), dtype=torch.float64, device=device), 0.0
+    kept = journal.get(title)
+    if kept is not None:
+        tensors, known = kept
+        _restore(tensors, known, whole, optimizer, schedule, generator)
+        first, step, curve, rate = known["epoch"], known["step"], known["curve"], known["rate"]
+        order, sums = tensors["order"], tensors["sums"].to(device)
+
+    def put(epoch: int, where: str) -> None:
+        if not journal.keeps:
+            return
+        tensors, known = _state(whole, optimizer, schedule, generator)
+        at = {"epoch": epoch, "step": step, "curve": curve, "rate": rate}
+        journal.put(title, tensors | {"order": order, "sums": sums.clone()}, known | at, f"{title}, {where}")
+
+    for epoch in tqdm(range(first, recipe.epochs + 1), title, recipe.epochs, initial=first - 1, unit="epoch"):
+        if step == 0:
+            order = torch.randperm(len(split), generator=generator)[: steps * batch_size]
+            sums, rate = torch.zeros_like(sums), optimizer.param_groups[0]["lr"]
+        for images, labels in split.batches(order.split(batch_size)[step:]):
             with autocast(precision, device.type):
                 value = loss(images, labels)
             optimizer.zero_grad(set_to_none=True)
@@ -74,10 +97,15 @@ def fit(
             optimizer.step()
             schedule.step()
             sums += value.detach()
+            step += 1
+            if journal.due:
+                put(epoch, f"epoch {epoch} of {recipe.epochs}, step {step} of {steps}")
         total = sums.item()  # once an epoch: a device is waited for
         if not math.isfinite(total):
             raise FloatingPointError(f"{title}: the loss is not finite in epoch {epoch}; try a smaller lr")
         curve.append({"epoch": epoch, "lr": rate, "loss": total / steps, **after_epoch()})
+        step = 0
+    put(recipe.epochs + 1, "trained")
     return pd.DataFrame(curve)
 
 
@@ -90,6 +118,41 @@ def _optimizer(parameters: list[nn.Parameter], recipe: Recipe) -> torch.optim.Op
     if recipe.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=recipe.lr, momentum=0.9, nesterov=True)
     return torch.optim.AdamW(groups, lr=recipe.lr)
+
+
+def _state(
+    whole: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+    generator: torch.Generator,
+) -> Entry:
+    """Copies of all that a training goes on from, beside its place in the epoch."""
+    tensors = {f"network.{name}": its.clone() for name, its in whole.state_dict().items()}
+    held = optimizer.state_dict()
+    for number, its in held["state"].items():
+        tensors |= {f"optimizer.{number}.{name}": torch.as_tensor(value).clone() for name, value in its.items()}
+    known = {"groups": held["param_groups"], "schedule": schedule.state_dict()}
+    return tensors | random_state(generator), known
+
+
+def _restore(
+    tensors: dict[str, Tensor],
+    known: dict[str, Any],
+    whole: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+    generator: torch.Generator,
+) -> None:
+    """Go on from :func:`_state`."""
+    whole.load_state_dict({name: tensors[f"network.{name}"] for name in whole.state_dict()})
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        if name.startswith("optimizer."):
+            _, number, part = name.split(".", 2)
+            state.setdefault(int(number), {})[part] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": known["groups"]})
+    schedule.load_state_dict(known["schedule"])
+    restore_random_state(tensors, generator)
 
 
 def _warmup_cosine(recipe: Recipe, steps: int) -> Callable[[int], float]:
@@ -105,7 +168,13 @@ def _warmup_cosine(recipe: Recipe, steps: int) -> Callable[[int], float]:
 
 
 def train_supervised(
-    network: nn.Module, dataset: Dataset, recipe: Recipe, generator: torch.Generator, precision: Precision, title: str
+    network: nn.Module,
+    dataset: Dataset,
+    recipe: Recipe,
+    generator: torch.Generator,
+    precision: Precision,
+    title: str,
+    journal: Journal = NOTHING_KEPT,
 ) -> pd.DataFrame:
     """Train all of ``network`` on the labels; the curve has its accuracy (%) on the search split."""
 
@@ -115,7 +184,8 @@ def train_supervised(
         return F.cross_entropy(network(changed), labels, label_smoothing=recipe.label_smoothing)
 
     watch = _watch(network, dataset)
-    return fit(network.parameters(), loss, dataset.splits["train"], recipe, generator, precision, watch, title)
+    train = dataset.splits["train"]
+    return fit([network], network.parameters(), loss, train, recipe, generator, precision, watch, title, journal)
 
 
 @dataclass(frozen=True)
@@ -141,6 +211,7 @@ def finetune(
     purpose: str,
     precision: Precision,
     title: str,
+    journal: Journal = NOTHING_KEPT,
 ) -> list[Tuned]:
     """Train copies of ``network`` on: one for each seed of ``recipe``.
 
@@ -153,7 +224,8 @@ def finetune(
         seed: of the study.
         purpose: of the random numbers: those of one purpose and seed are the same for every network.
         precision: of the arithmetic.
-        title: of the progress bar.
+        title: of the progress bar, and of what the journal has of it.
+        journal: where it goes on after an interruption.
     """
     teacher = copy.deepcopy(original).eval()
 
@@ -172,7 +244,8 @@ def finetune(
 
         its = recipe.model_copy(update={"lr": lr})
         train, watch = dataset.splits["train"], _watch(student, dataset)
-        curve = fit(student.parameters(), loss, train, its, generator, precision, watch, title)
+        own = f"{title}, seed {copied}, lr {lr:g}"
+        curve = fit([student], student.parameters(), loss, train, its, generator, precision, watch, own, journal)
         return Tuned(student, lr, curve)
 
     tried, failed = [], None
@@ -223,7 +296,13 @@ def with_statistics(
 
 
 def train_linear(
-    network: nn.Module, dataset: Dataset, recipe: Recipe, generator: torch.Generator, precision: Precision, title: str
+    network: nn.Module,
+    dataset: Dataset,
+    recipe: Recipe,
+    generator: torch.Generator,
+    precision: Precision,
+    title: str,
+    journal: Journal = NOTHING_KEPT,
 ) -> pd.DataFrame:
     """Train the classifier alone on the features of the frozen rest (a linear probe).
 
@@ -236,11 +315,17 @@ def train_linear(
         return F.cross_entropy(head(seen), labels, label_smoothing=recipe.label_smoothing)
 
     watch = _watch(head, dataset, features(network, head, dataset.inputs("search")))
-    return fit(head.parameters(), loss, split, recipe, generator, precision, watch, title)
+    return fit([head], head.parameters(), loss, split, recipe, generator, precision, watch, title, journal)
 
 
 def leave_as_given(
-    network: nn.Module, dataset: Dataset, recipe: Recipe, generator: torch.Generator, precision: Precision, title: str
+    network: nn.Module,
+    dataset: Dataset,
+    recipe: Recipe,
+    generator: torch.Generator,
+    precision: Precision,
+    title: str,
+    journal: Journal = NOTHING_KEPT,
 ) -> pd.DataFrame:
     """No training: an empty curve."""
     return pd.DataFrame(columns=["epoch", "lr", "loss", "search_accuracy"])

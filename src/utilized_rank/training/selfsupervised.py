@@ -18,6 +18,7 @@ from lightly.models.modules import (
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from ..base.journal import NOTHING_KEPT, Journal
 from ..base.sections import StudyError
 from ..datasets.data import Dataset
 from ..networks.precision import Precision
@@ -33,6 +34,7 @@ def initial_weights(
     generator: torch.Generator,
     precision: Precision,
     root: Path,
+    journal: Journal = NOTHING_KEPT,
 ) -> tuple[dict[str, Tensor], pd.DataFrame]:
     """The tensors that a run starts from, and the curve of making them (empty where they are given).
 
@@ -43,6 +45,7 @@ def initial_weights(
         generator: of random numbers.
         precision: of the arithmetic.
         root: that the path of a given file is relative to.
+        journal: where it goes on after an interruption.
 
     Raises:
         StudyError: given weights cannot be had, or the network has no tokens to mask.
@@ -53,7 +56,7 @@ def initial_weights(
     if recipe.method == "published":
         return published(recipe.model, recipe.weights, dataset.shape, len(dataset.classes)), uncurved
     make = {"simclr": pretrain_simclr, "mae": pretrain_mae}[recipe.method]
-    curve = make(network, dataset, recipe, generator, precision)
+    curve = make(network, dataset, recipe, generator, precision, journal)
     return encoder_tensors(network), curve
 
 
@@ -81,7 +84,12 @@ class Encoder(nn.Module):
 
 
 def pretrain_simclr(
-    network: nn.Module, dataset: Dataset, recipe: Pretrained, generator: torch.Generator, precision: Precision
+    network: nn.Module,
+    dataset: Dataset,
+    recipe: Pretrained,
+    generator: torch.Generator,
+    precision: Precision,
+    journal: Journal = NOTHING_KEPT,
 ) -> pd.DataFrame:
     """Train ``network`` to give two augmentations of one image like features, without labels; returns the curve."""
     head = classifier(network)
@@ -100,13 +108,19 @@ def pretrain_simclr(
     own = {id(p) for p in head.parameters()}
     trained = [p for p in network.parameters() if id(p) not in own] + list(projection.parameters())
     try:
-        return fit(trained, loss, dataset.splits["train"], recipe, generator, precision, title="SimCLR")
+        train, whole = dataset.splits["train"], [network, projection]
+        return fit(whole, trained, loss, train, recipe, generator, precision, title="SimCLR", journal=journal)
     finally:
         encoder.hook.remove()
 
 
 def pretrain_mae(
-    network: nn.Module, dataset: Dataset, recipe: Pretrained, generator: torch.Generator, precision: Precision
+    network: nn.Module,
+    dataset: Dataset,
+    recipe: Pretrained,
+    generator: torch.Generator,
+    precision: Precision,
+    journal: Journal = NOTHING_KEPT,
 ) -> pd.DataFrame:
     """Train ``network``, one of timm's vision transformers, so that hidden patches follow from those it sees.
 
@@ -154,4 +168,5 @@ def pretrain_mae(
 
     own = {id(p) for p in classifier(network).parameters()}
     trained = [p for p in network.parameters() if id(p) not in own] + list(decoder.parameters())
-    return fit(trained, loss, dataset.splits["train"], recipe, generator, precision, title="MAE")
+    train, whole = dataset.splits["train"], [encoder, decoder]
+    return fit(whole, trained, loss, train, recipe, generator, precision, title="MAE", journal=journal)
