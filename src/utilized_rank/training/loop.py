@@ -30,7 +30,6 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 def fit(
-    modules: Iterable[nn.Module],
     parameters: Iterable[nn.Parameter],
     loss: Loss,
     split: Split,
@@ -39,13 +38,13 @@ def fit(
     precision: Precision = "float32",
     after_epoch: Callable[[], dict[str, float]] = dict,
     title: str = "training",
+    modules: Iterable[nn.Module] = (),
     journal: Journal = NOTHING_KEPT,
 ) -> pd.DataFrame:
     """Minimise ``loss`` over ``parameters``.
 
     Args:
-        modules: whose state training changes.
-        parameters: what is trained, of them.
+        parameters: what is trained.
         loss: of a batch.
         split: what batches are drawn from, without replacement in an epoch.
         recipe: epochs, batch size, optimiser and schedule.
@@ -53,7 +52,8 @@ def fit(
         precision: of the autocast around ``loss``.
         after_epoch: further columns for the curve.
         title: of the progress bar, and of what the journal has of it.
-        journal: where it goes on after an interruption, step by step as it would have.
+        modules: all whose state changes, where there is a journal.
+        journal: what it goes on from after an interruption, step by step as it would have.
 
     Returns the curve, one row an epoch: epoch (from 1), lr, loss, and the columns of ``after_epoch``.
 
@@ -185,7 +185,8 @@ def train_supervised(
 
     watch = _watch(network, dataset)
     train = dataset.splits["train"]
-    return fit([network], network.parameters(), loss, train, recipe, generator, precision, watch, title, journal)
+    how = recipe, generator, precision, watch, title
+    return fit(network.parameters(), loss, train, *how, [network], journal)
 
 
 @dataclass(frozen=True)
@@ -245,7 +246,8 @@ def finetune(
         its = recipe.model_copy(update={"lr": lr})
         train, watch = dataset.splits["train"], _watch(student, dataset)
         own = f"{title}, seed {copied}, lr {lr:g}"
-        curve = fit([student], student.parameters(), loss, train, its, generator, precision, watch, own, journal)
+        how = its, generator, precision, watch, own
+        curve = fit(student.parameters(), loss, train, *how, [student], journal)
         return Tuned(student, lr, curve)
 
     tried, failed = [], None
@@ -315,7 +317,7 @@ def train_linear(
         return F.cross_entropy(head(seen), labels, label_smoothing=recipe.label_smoothing)
 
     watch = _watch(head, dataset, features(network, head, dataset.inputs("search")))
-    return fit([head], head.parameters(), loss, split, recipe, generator, precision, watch, title, journal)
+    return fit(head.parameters(), loss, split, recipe, generator, precision, watch, title, [head], journal)
 
 
 def leave_as_given(

@@ -109,7 +109,7 @@ def pretrain_simclr(
     trained = [p for p in network.parameters() if id(p) not in own] + list(projection.parameters())
     try:
         train, whole = dataset.splits["train"], [network, projection]
-        return fit(whole, trained, loss, train, recipe, generator, precision, title="SimCLR", journal=journal)
+        return fit(trained, loss, train, recipe, generator, precision, title="SimCLR", modules=whole, journal=journal)
     finally:
         encoder.hook.remove()
 
@@ -169,4 +169,4 @@ def pretrain_mae(
     own = {id(p) for p in classifier(network).parameters()}
     trained = [p for p in network.parameters() if id(p) not in own] + list(decoder.parameters())
     train, whole = dataset.splits["train"], [encoder, decoder]
-    return fit(whole, trained, loss, train, recipe, generator, precision, title="MAE", journal=journal)
+    return fit(trained, loss, train, recipe, generator, precision, title="MAE", modules=whole, journal=journal)
