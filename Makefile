@@ -12,6 +12,7 @@ export DVC_NO_ANALYTICS := 1
 .PHONY: repro test test-large test-networks test-gpu test-oldest bench language-model docs lint lock dist clean
 repro: .venv/ready
 	$(if $(STUDY),$(BIN)/utilized-rank study $(STUDY))
+	$(BIN)/utilized-rank check $(if $(STUDY),--study $(STUDY))
 	$(BIN)/dvc repro $(patsubst %,reports/%/dvc.yaml,$(filter-out digits,$(STUDY)))
 
 # Files of tests side by side, a thread each: most are too small for more.

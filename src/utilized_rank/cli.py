@@ -60,10 +60,13 @@ def study(
 
 @app.command(rich_help_panel=STUDY)
 def check(name: StudyName = None) -> None:
-    """Check a study's parameters, strip the notebooks, and drop results of runs that left the study."""
+    """Check a study's parameters, strip the notebooks, drop results of runs that left, and mend a lock cut short."""
+    from .stages import lock
     from .stages.notebooks import prune, strip_all
 
     study, store = _opened(name)
+    if mended := lock.mend(store.root / study.home):
+        typer.echo(mended)
     strip_all(store)
     for path in prune(study, store):
         typer.echo(f"removed {path.relative_to(store.root)}: its run is no longer in study {study.name}")
