@@ -9,7 +9,7 @@ BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export DVC_NO_ANALYTICS := 1
 
-.PHONY: repro test test-large test-networks test-gpu test-oldest bench language-model docs lint lock dist clean
+.PHONY: repro test test-faults test-large test-networks test-gpu test-oldest bench language-model docs lint lock dist clean
 repro: .venv/ready
 	$(if $(STUDY),$(BIN)/utilized-rank study $(STUDY))
 	$(BIN)/utilized-rank check $(if $(STUDY),--study $(STUDY))
@@ -31,6 +31,13 @@ test-networks: .venv/ready
 # What needs a GPU; torch, timm, pandas and pytest are enough: `python -m pytest --noconftest -m gpu tests/test_gpu.py`.
 test-gpu: .venv/ready
 	$(BIN)/pytest --noconftest -m gpu tests/test_gpu.py
+
+# Kill every stage at random moments, fill a disk, damage files, ask for what cannot be: reports/reliability.md
+# (under half an hour on two cores).
+test-faults: export OMP_NUM_THREADS := 1
+test-faults: .venv/ready
+	$(BIN)/pytest -m "faults or wrong" -n 2 --dist loadgroup --junitxml=data/faults.xml
+	$(BIN)/python tests/reliability.py data/faults.xml
 
 # The same tests on the oldest versions that pyproject.toml allows, in .venv-oldest.
 test-oldest: export PATH := $(CURDIR)/.venv-oldest/bin:$(PATH)

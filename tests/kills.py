@@ -6,133 +6,135 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
-from running import hashes
+from running import command, environment, hashes
 
-WAYS = ("interrupt all", "kill dvc", "terminate dvc", "kill the stage", "kill the kernel")
+WAYS = ("interrupt all", "kill dvc", "terminate dvc", "kill the stage", "terminate the stage", "kill the kernel")
 """From the keyboard, and from elsewhere."""
 PATIENCE = 10.0
 """Seconds within which every process is gone."""
-EAGER = """import utilized_rank.base.journal as journal
-journal.EVERY, journal.SHARE = 0.0, float("inf")
+EAGER = """import os, time
+if "UTILIZED_RANK_JOURNAL" in os.environ:  # in a kernel of a stage
+    from utilized_rank.base.journal import Journal
+    from utilized_rank.base import journal
+    journal.EVERY, journal.SHARE = 0.0, float("inf")
+    write = Journal._write
+    Journal._write = lambda *args: (time.sleep(0.1), write(*args))
 """
-"""Stages of a shrunken study end before half a minute: their journals are written at every chance."""
+"""Stages of a shrunken study end before half a minute: their journals are written at every chance, and slowly, so that
+most kills meet work that has begun."""
+GOES_ON = "it goes on from"
+"""What a stage says that takes up the work of an interrupted one."""
 
 
 @dataclass
 class Kill:
-    """One stage that was killed."""
+    """One execution of a stage that was killed."""
 
     stage: str
     way: str
     after: float
     """Seconds from its start."""
-    went_on: str
+    ended: bool
+    """Whether the stage had ended before."""
+    went_on: str = ""
     """What the next execution said that it goes on from; nothing where it began anew."""
 
 
-def stages(project: Path) -> list[str]:
-    """The stages of the shrunken study, as DVC names them, in their order."""
-    listed = run(project, "dvc", "stage", "list", "--name-only")
-    return [name for name in listed.split() if name not in ("check", "publish")]
+def eager(project: Path) -> dict[str, str]:
+    """The environment of commands whose stages write their journals at every chance."""
+    folder = project / ".eager"
+    folder.mkdir(exist_ok=True)
+    (folder / "sitecustomize.py").write_text(EAGER)
+    known = environment()
+    return known | {"PYTHONPATH": os.pathsep.join(filter(None, (str(folder), known.get("PYTHONPATH"))))}
 
 
-def environment(project: Path) -> dict[str, str]:
-    """As the tests run commands, with journals that are written at every chance."""
-    eager = project.parent / "eager"
-    eager.mkdir(exist_ok=True)
-    (eager / "sitecustomize.py").write_text(EAGER)
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    return {
-        **os.environ,
-        "PATH": path,
-        "DVC_NO_ANALYTICS": "1",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(eager),
-    }
-
-
-def run(project: Path, *words: str) -> str:
-    """A command that ends well; its output."""
-    done = subprocess.run(
-        words, cwd=project, env=environment(project), text=True, capture_output=True, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout + done.stderr
-
-
-def killed(project: Path, stage: str, kills: int, draw: random.Random) -> Iterator[Kill]:
+def killed(project: Path, stage: str, kills: int, draw: random.Random) -> list[Kill]:
     """Kill one stage so many times, one after the other, and then let it end.
 
     Raises:
         AssertionError: a process is left, or the stage ends in other bytes than before.
     """
-    before = hashes(project, "reports/tiny", "data/tiny")
+    env, again = eager(project), ("dvc", "repro", "--single-item", "--force", stage)
+    before = everything(project)
     began = time.monotonic()
-    run(project, "dvc", "repro", "--single-item", "--force", stage)
+    command(project, *again, env=env)
     whole = time.monotonic() - began
-    assert hashes(project, "reports/tiny", "data/tiny") == before
-    said = [*before][:0]
+    _same(before, everything(project))
     done: list[Kill] = []
     for _ in range(kills):
-        way, after = draw.choice(WAYS), draw.uniform(0.3, 1.0) * whole
-        said.append(_kill(project, stage, way, after))
-        done.append(Kill(stage, way, after, ""))
-    said.append(run(project, "dvc", "repro", "--single-item", stage))
-    for kill, output in zip(done, said[1:], strict=True):
-        kill.went_on = next((line for line in output.splitlines() if "it goes on from" in line), "")
-    assert hashes(project, "reports/tiny", "data/tiny") == before
-    yield from done
+        way, after = draw.choice(WAYS), draw.uniform(0.2, 1.0) * whole
+        output, ended = kill(project, again, env, way, after)
+        _note(done, output)
+        done.append(Kill(stage, way, after, ended))
+    _note(done, command(project, *again, env=env))
+    _same(before, everything(project))
+    return done
 
 
-def _kill(project: Path, stage: str, way: str, after: float) -> str:
-    """Start a stage, and kill it; returns what it had said."""
-    words = ["dvc", "repro", "--single-item", "--force", stage]
+def everything(project: Path) -> dict[str, str]:
+    """Hashes of all that a study has, but what an executed notebook lost by the way."""
+    return hashes(project, "reports/tiny", "data/tiny")
+
+
+def _same(before: dict[str, str], after: dict[str, str]) -> None:
+    other = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
+    assert not other, f"not as before: {other}"
+
+
+def _note(done: list[Kill], output: str) -> None:
+    for kill in done[-1:]:
+        kill.went_on = next((line for line in output.splitlines() if GOES_ON in line), "")
+
+
+def kill(project: Path, words: tuple[str, ...], env: dict[str, str], way: str, after: float) -> tuple[str, bool]:
+    """Start DVC and kill one of its processes; what was said, and whether all had ended before.
+
+    Raises:
+        AssertionError: a process is left.
+    """
     dvc = subprocess.Popen(
         words,
         cwd=project,
-        env=environment(project),
+        env=env,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
     )
-    time.sleep(after)
-    own = psutil.Process(dvc.pid)
-    family = [own, *own.children(recursive=True)] if dvc.poll() is None else []
-    if way == "interrupt all":
+    with suppress(subprocess.TimeoutExpired):
+        dvc.wait(timeout=after)
+    ended = dvc.returncode is not None
+    own = [] if ended else [psutil.Process(dvc.pid)]
+    family = [*own, *(child for its in own for child in its.children(recursive=True))]
+    if way == "interrupt all":  # as a terminal does: a kernel is in a group of its own
         for process in family:
-            _send(process, signal.SIGINT)
+            if not _is(process, "stages.watch"):
+                _send(process, signal.SIGINT)
     else:
         what, whom = way.split(" ", 1)
-        which = {"dvc": own, "the stage": _find(family, "utilized-rank"), "the kernel": _find(family, "stages.watch")}
-        target = which[whom]
-        if target is not None:
-            _send(target, signal.SIGKILL if what == "kill" else signal.SIGTERM)
+        word = {"dvc": "dvc", "the stage": "utilized-rank", "the kernel": "stages.watch"}[whom]
+        for process in [its for its in family if _is(its, word)][:1]:
+            _send(process, signal.SIGKILL if what == "kill" else signal.SIGTERM)
     output, _ = dvc.communicate(timeout=120)
     _, left = psutil.wait_procs(family, timeout=PATIENCE)
-    assert not left, f"{way} left {left}"
-    return output
+    assert not left, f"{way} after {after:.1f} s left {left}"
+    return output, ended
 
 
-def _find(family: list[psutil.Process], word: str) -> psutil.Process | None:
-    for process in family:
-        try:
-            if any(word in its for its in process.cmdline()[:4]):
-                return process
-        except psutil.NoSuchProcess:
-            pass
-    return None
+def _is(process: psutil.Process, word: str) -> bool:
+    try:
+        return any(word in its for its in process.cmdline()[:4])
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _send(process: psutil.Process, which: int) -> None:
-    try:
+    with suppress(psutil.NoSuchProcess):
         process.send_signal(which)
-    except psutil.NoSuchProcess:
-        pass

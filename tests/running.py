@@ -77,10 +77,15 @@ def write_params(project: Path, study: dict) -> None:
     dump_yaml(project / "params.yaml", {"root": ".", "params": "params.yaml"} | study)  # to the bytes that DVC writes
 
 
-def command(project: Path, *words: str, ok: bool = True) -> str:
-    """Run a command of this environment in ``project``; its output, after checking its exit status."""
+def environment() -> dict[str, str]:
+    """Of the commands of this environment, as make sets it."""
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    env = {**os.environ, "PATH": path, "DVC_NO_ANALYTICS": "1", "OMP_NUM_THREADS": "1"}
+    return {**os.environ, "PATH": path, "DVC_NO_ANALYTICS": "1", "OMP_NUM_THREADS": "1"}
+
+
+def command(project: Path, *words: str, ok: bool = True, env: dict[str, str] | None = None) -> str:
+    """Run a command of this environment in ``project``; its output, after checking its exit status."""
+    env = env or environment()
     done = subprocess.run(words, cwd=project, env=env, text=True, capture_output=True, check=False)
     output = done.stdout + done.stderr
     assert (done.returncode == 0) == ok, output

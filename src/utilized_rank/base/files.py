@@ -22,6 +22,10 @@ NAMES = ("layer", "run", "kind", "form", "method", "subspace")
 """Columns of tables that hold names."""
 
 
+HASH = "sha256"
+"""Of a file of tensors, in its metadata."""
+
+
 class Damaged(StudyError):
     """A file that is not as it was written."""
 
@@ -78,13 +82,19 @@ def read_table(path: Path) -> pd.DataFrame:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any] | None = None) -> None:
-    """Write tensors as safetensors; ``metadata`` is kept in the header as JSON, and a hash of all that beside it."""
+    """Write tensors as safetensors; ``metadata`` is kept in the header as JSON, and in it a hash of all there is."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    described = json.dumps(metadata or {}, sort_keys=True)
+    known = metadata or {}
+    # One entry: safetensors writes several in an order that is another each time.
+    header = {"json": json.dumps({**known, HASH: _content_hash(plain, known)})}
     with whole(path) as partial:
-        save_file(plain, partial, metadata={"json": described, "sha256": _content_hash(plain, described)})
+        try:
+            save_file(plain, partial, metadata=header)
+        except SafetensorError as error:
+            raise OSError(f"{path} cannot be written: {error}") from None
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -98,20 +108,19 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            header = file.metadata() or {}
-    except SafetensorError as error:
+            known = json.loads((file.metadata() or {}).get("json", "{}"))
+    except (SafetensorError, ValueError) as error:
         raise Damaged(f"{path} is no whole safetensors file ({error})") from None
-    described = header.get("json", "{}")
-    if header.get("sha256", expected := _content_hash(tensors, described)) != expected:
+    if known.pop(HASH, None) not in (None, _content_hash(tensors, known)):
         raise Damaged(f"{path} is damaged: its content is not what its hash says")
-    return tensors, json.loads(described)
+    return tensors, known
 
 
-def _content_hash(tensors: dict[str, Tensor], described: str) -> str:
+def _content_hash(tensors: dict[str, Tensor], known: dict[str, Any]) -> str:
     """SHA-256 over names, types, shapes and values, and what is said of them."""
     import torch
 
-    found = hashlib.sha256(described.encode())
+    found = hashlib.sha256(json.dumps(known).encode())
     for name in sorted(tensors):
         tensor = tensors[name]
         found.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())

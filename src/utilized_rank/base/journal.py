@@ -90,10 +90,14 @@ class Journal:
 
     def _write(self, folder: Path) -> None:
         began = time.monotonic()
-        for name, entry in self._unwritten.items():
-            write_tensors(_path(folder, name), *entry)
-        write_json(folder / WHERE, self._where)
-        self._unwritten.clear()
+        try:
+            for name, entry in self._unwritten.items():
+                write_tensors(_path(folder, name), *entry)
+            write_json(folder / WHERE, self._where)
+        except OSError as error:  # a full disk: the work itself may still come to its end
+            print(f"progress is not kept: {error}", file=sys.stderr)
+        else:
+            self._unwritten.clear()
         now = time.monotonic()
         self._next = now + max(EVERY, (now - began) / SHARE)
 

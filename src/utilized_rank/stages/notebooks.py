@@ -36,6 +36,8 @@ STAGES: dict[str, tuple[str, str] | None] = {
     "report": None,
 }
 """The stages in their order; the parameter that each notebook takes, and the section of the study with its values."""
+JOURNALS = "journal"
+"""In the study's data: of each stage that was interrupted a folder, and in it one of what its result depends on."""
 
 
 def source(store: Store, stage: str) -> Path:
@@ -95,7 +97,7 @@ def execute(study: Study, store: Store, stage: str, key: str | None) -> None:
     takes = STAGES[stage]
     began = time.perf_counter()
     end_with_dvc()
-    folder = store.data("journal", name, fingerprint(study, store, stage, key)[:16])
+    folder = store.data(JOURNALS, name, fingerprint(study, store, stage, key)[:16])
     for other in folder.parent.glob("*"):
         if other != folder:
             shutil.rmtree(other)
@@ -171,4 +173,7 @@ def prune(study: Study, store: Store) -> list[Path]:
     gone = [path for path in files if path.name.split(".")[0] not in names]
     for path in gone:
         path.unlink()
+    for folder in store.data(JOURNALS).glob("*"):
+        if folder.name not in names:
+            shutil.rmtree(folder)
     return gone
