@@ -81,11 +81,12 @@ sbom:
 
 # Known vulnerabilities of what is locked. That the index of advisories is out of reach is said, and is no failure.
 ADVISORIES := https://api.osv.dev/v1/query
+AUDIT = $(BIN)/pip-audit --strict --disable-pip --no-deps --progress-spinner off \
+  --vulnerability-service osv --osv-url $(ADVISORIES)
 audit: .venv/ready
 	@if $(BIN)/python -c 'from urllib.request import urlopen; \
 	  urlopen("$(ADVISORIES)", b"{\"package\": {\"purl\": \"pkg:pypi/torch\"}}", 20)' 2>/dev/null; then \
-	  $(BIN)/pip-audit --strict --disable-pip --no-deps --progress-spinner off --vulnerability-service osv \
-	    --osv-url $(ADVISORIES) -r requirements.lock -r constraints.txt; \
+	  $(AUDIT) -r requirements.lock && $(AUDIT) -r constraints.txt; \
 	else echo "Not audited: the index of advisories, $(ADVISORIES), is out of reach."; fi
 
 # Build the wheel, and measure a network with it in an empty environment outside of the project (minutes: torch is installed).
