@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from ..base.files import file_hash, read_tensors
+from ..base.files import Damaged, file_hash, read_tensors
 from ..base.sections import StudyError
 from ..datasets.images import CHANNELS
 from ..networks.devices import device_of
@@ -25,7 +24,7 @@ Shape = tuple[int, int, int]
 """Of an image: channels, height, width."""
 UNREADABLE = (
     *(OSError, EOFError, IndexError, ValueError, RuntimeError, MemoryError),
-    *(pickle.UnpicklingError, zipfile.BadZipFile, SafetensorError),
+    *(pickle.UnpicklingError, zipfile.BadZipFile, Damaged),
 )
 """What a file that is no checkpoint raises."""
 
