@@ -9,7 +9,7 @@ BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export DVC_NO_ANALYTICS := 1
 
-.PHONY: repro test test-faults test-large test-networks test-gpu test-oldest bench language-model docs lint lock dist clean
+.PHONY: repro test test-faults test-large test-networks test-gpu test-oldest bench language-model docs lint lock sbom audit dist clean
 repro: .venv/ready
 	$(if $(STUDY),$(BIN)/utilized-rank study $(STUDY))
 	$(BIN)/utilized-rank check $(if $(STUDY),--study $(STUDY))
@@ -63,20 +63,38 @@ lint: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-.venv/ready: requirements.lock
-.venv-oldest/ready: requirements-oldest.lock
+.venv/ready: requirements.lock constraints.txt
+.venv-oldest/ready: requirements-oldest.lock constraints-oldest.txt
 .venv/ready .venv-oldest/ready: pyproject.toml
 	@test -n "$(PYTHON)" || { echo "No Python from 3.11 up that has venv: install python3.11 and python3.11-venv (or newer)."; exit 1; }
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
-	$(@D)/bin/pip install --quiet -r $(filter %.lock,$^)
+	$(@D)/bin/pip install --quiet --no-deps --require-hashes -r $(filter %.lock,$^)
+	$(@D)/bin/pip install --quiet -r $(filter %.txt,$^)
 	$(@D)/bin/pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
 
-# Resolve the ranges of pyproject.toml anew, for every platform (needs uv): the newest versions, and the oldest.
-RESOLVE := uv pip compile --universal --python-version 3.11 --extra dev --no-annotate --custom-compile-command "make lock"
+# Resolve the ranges of pyproject.toml anew, for every platform (needs uv): the newest versions, and the oldest. What torch
+# needs for a GPU is locked, too; a build of torch that needs other files brings them when it is installed.
+RESOLVE := uv pip compile --universal --python-version 3.11 --extra dev --generate-hashes --no-annotate \
+  --no-emit-package torch --no-emit-package torchvision --custom-compile-command "make lock"
 lock:
-	$(RESOLVE) --constraint constraints.txt pyproject.toml --output-file requirements.lock
-	$(RESOLVE) --resolution lowest-direct pyproject.toml --output-file requirements-oldest.lock
+	$(RESOLVE) pyproject.toml --constraint constraints.txt --output-file requirements.lock
+	$(RESOLVE) pyproject.toml --constraint constraints-oldest.txt --resolution lowest-direct --output-file requirements-oldest.lock
+	$(MAKE) sbom
+
+# What is locked, as CycloneDX, beside the lock.
+sbom:
+	$(PYTHON) .ci/sbom.py > sbom.cdx.json
+
+# Known vulnerabilities of what is locked. That the index of advisories is out of reach is said, and is no failure.
+ADVISORIES := https://api.osv.dev/v1/query
+AUDIT = $(BIN)/pip-audit --strict --disable-pip --no-deps --progress-spinner off \
+  --vulnerability-service osv --osv-url $(ADVISORIES)
+audit: .venv/ready
+	@if $(BIN)/python -c 'from urllib.request import urlopen; \
+	  urlopen("$(ADVISORIES)", b"{\"package\": {\"purl\": \"pkg:pypi/torch\"}}", 20)' 2>/dev/null; then \
+	  $(AUDIT) -r requirements.lock && $(AUDIT) -r constraints.txt; \
+	else echo "Not audited: the index of advisories, $(ADVISORIES), is out of reach."; fi
 
 # Build the wheel, and measure a network with it in an empty environment outside of the project (minutes: torch is installed).
 dist: .venv/ready

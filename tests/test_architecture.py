@@ -84,6 +84,7 @@ def test_no_file_that_is_read_can_run_code():
             name = ast.unparse(call.func)
             given = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
             assert not re.match(r"(pickle|cPickle|dill|joblib|marshal)\.", name), name
+            assert not re.search(r"read_pickle$|(hub|jit)\.load$", name), name
             assert given.get("allow_pickle", "False") == "False", name
             assert not name.endswith("torch.load") or given.get("weights_only") == "True", name
 

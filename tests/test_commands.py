@@ -531,7 +531,7 @@ def test_every_budget_is_kept_and_said(call, tmp_path, asked):
     assert ("fine-tuned for 1 epochs" in out) == ("finetune-epochs" in asked) == (record["finetuned"] is not None)
     (change, low, high) = record["accuracy"]["change"]
     assert f"{change:+.2f} points, 95% interval [{low:+.2f}, {high:+.2f}]" in out
-    assert done(call("load", tmp_path / "out", "--data", "data")).endswith("as it says\n")
+    assert done(call("load", tmp_path / "out", "--model", "nets:small", "--data", "data")).endswith("as it says\n")
 
 
 # Compare

@@ -40,6 +40,7 @@ ARGUMENTS: dict[type[nn.Module], tuple[str, ...]] = {
     modules.SamePad: ("kernel", "stride", "dilation"),
 }
 """Modules that may stand in place of others, and what each is made from."""
+KINDS = {kind.__name__: kind for kind in ARGUMENTS}
 Part = list[Any]
 """A module: its kind, and what it is made from, by name; of an ``nn.Sequential``, its parts by name."""
 LOADING = """\
@@ -230,10 +231,16 @@ def _part(module: nn.Module) -> Part:
 
 
 def made(kind: str, how: dict[str, Any]) -> nn.Module:
-    """A module, as the README's lines make it."""
+    """A module, as the README's lines make it.
+
+    Raises:
+        ValueError: of a kind that stands in place of no other.
+    """
     if kind == "Sequential":
         return nn.Sequential(OrderedDict((name, made(*part)) for name, part in how.items()))
-    return getattr(modules if hasattr(modules, kind) else nn, kind)(**how)
+    if kind not in KINDS:
+        raise ValueError(f"no layer is made of a {kind!r}")
+    return KINDS[kind](**how)
 
 
 def _own_kinds(layers: dict[str, Part]) -> bool:

@@ -238,6 +238,8 @@ def checked(out: Path, model: str | None, folder: Path | None, device: torch.dev
     name = model or origin.get("model")
     if name is None:
         raise StudyError(f"{out} does not say what network it was made of: name it with --model")
+    if model is None and ":" in name:
+        raise StudyError(f"{out} was made of {name}, whose code would run: name it with --model if you trust it")
     its = named(name, None, origin.get("images", {}), done.get("classes", 1000))
     if "sha256" in done and file_hash(out / WEIGHTS) != done["sha256"]:
         raise StudyError(f"{out / WEIGHTS} is not the file that was written: its SHA-256 is another")

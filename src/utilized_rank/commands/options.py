@@ -11,6 +11,7 @@ import typer
 MODELS = "timm/NAME, torchvision/NAME, resnet20 (32, 44, 56, 110), vgg11, or package.module:function"
 FOLDER = "a folder with a directory of images for each class; or train/ and test/ with such"
 SEARCHED = "which ranks are searched; predicted: none, soon, with a range"
+MADE_OF = "what it was made of, where the folder does not say, or says package.module:function"
 TRIPLE = "of each channel, in [0, 1], such as 0.485,0.456,0.406"
 Model = Annotated[str, typer.Argument(help=MODELS)]
 Images = Annotated[Path, typer.Option("--data", help=FOLDER)]
@@ -152,7 +153,7 @@ def compare(
 def load(
     folder: Annotated[Path, typer.Argument(help="a folder that `compress` wrote")],
     data: Annotated[Path | None, typer.Option(help="the same images: its accuracy is taken again")] = None,
-    model: Annotated[str | None, typer.Option(help="what it was made of, where the folder does not say")] = None,
+    model: Annotated[str | None, typer.Option(help=MADE_OF)] = None,
     device: Device = None,
 ) -> None:
     """Check a folder: does it load, and is it as accurate as it says?

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +16,8 @@ from ..base.sections import StudyError
 
 CHANNELS = 3
 """Of every image that comes from a file."""
+FORMATS = ("BMP", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+"""That are decoded, whatever a file is called: for some others PIL calls further programs."""
 
 
 @dataclass(frozen=True)
@@ -147,14 +150,15 @@ def decoded(path: Path, side: int, crop: float, interpolation: str = "bicubic") 
     """One image file as uint8 (3, side, side): upright, opaque on white, its shorter side filled, its centre cut out.
 
     Raises:
-        StudyError: it is no image, or only a part of one.
+        StudyError: it is no image, only a part of one, or one of too many pixels.
     """
     from PIL import Image, ImageOps
 
+    bombs = Image.DecompressionBombWarning, Image.DecompressionBombError  # from 89 million pixels; from twice as many
     try:
-        with Image.open(path) as file:
+        with warnings.catch_warnings(action="error", category=bombs[0]), Image.open(path, formats=FORMATS) as file:
             image = _rgb(ImageOps.exif_transpose(file))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, *bombs) as error:
         raise StudyError(f"{path} is not a whole image ({error}): replace it or take it away") from None
     width, height = image.size
     kept = crop * min(width, height)

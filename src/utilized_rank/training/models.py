@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import difflib
 import pickle
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from ..base.files import file_hash, read_tensors
+from ..base.files import Damaged, file_hash, read_tensors
 from ..base.sections import StudyError
 from ..datasets.images import CHANNELS
 from ..networks.devices import device_of
@@ -22,6 +22,11 @@ from .sections import Model
 
 Shape = tuple[int, int, int]
 """Of an image: channels, height, width."""
+UNREADABLE = (
+    *(OSError, EOFError, IndexError, ValueError, RuntimeError, MemoryError),
+    *(pickle.UnpicklingError, zipfile.BadZipFile, Damaged),
+)
+"""What a file that is no checkpoint raises."""
 
 
 def _vit(model: Model, shape: Shape, classes: int) -> nn.Module:
@@ -210,10 +215,11 @@ def tensors_of(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return read_tensors(path)[0]
+        _check_packed(path)
         held = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, OSError, pickle.UnpicklingError, RuntimeError, EOFError, IndexError, ValueError) as error:
+    except UNREADABLE as error:
         why = (str(error).splitlines() or [type(error).__name__])[0]
-        if isinstance(error, pickle.UnpicklingError):  # torch's words invite to run its code
+        if isinstance(error, pickle.UnpicklingError) or "weights_only" in why:  # torch's words invite to run its code
             why = "it is none of torch's, cut short, or holds more than tensors"
         raise StudyError(f"checkpoint {path} cannot be read: {why}") from None
     for key in ("state_dict", "model"):  # what training scripts wrap it in
@@ -221,6 +227,16 @@ def tensors_of(path: Path) -> dict[str, Tensor]:
     if not isinstance(held, dict) or not all(isinstance(tensor, Tensor) for tensor in held.values()):
         raise StudyError(f"checkpoint {path} holds no state dict")
     return {name.removeprefix("module."): tensor for name, tensor in held.items()}
+
+
+def _check_packed(path: Path) -> None:
+    """Refuse an archive that unpacks to more than itself: torch compresses nothing, and memory has an end."""
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        unpacked = sum(part.file_size for part in archive.infolist())
+    if unpacked > (size := path.stat().st_size):
+        raise ValueError(f"its {size:,} bytes unpack to {unpacked:,}, and torch compresses nothing")
 
 
 def _download(path: Path, sha256: str, url: str | None) -> None:

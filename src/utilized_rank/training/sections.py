@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import PurePath
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
@@ -104,6 +105,10 @@ class Pretrained(Recipe):
             raise ValueError("file and sha256 belong to method: checkpoint, and it needs both")
         if self.url is not None and self.method != "checkpoint":
             raise ValueError("url belongs to method: checkpoint")
+        if self.url is not None and self.file is not None:
+            place = PurePath(self.file)
+            if place.is_absolute() or ".." in place.parts:
+                raise ValueError(f"file {self.file} lies outside of the project: what url brings is kept inside")
         if self.weights is not None and self.method != "published":
             raise ValueError("weights belongs to method: published")
         if (self.supervision is None) == self.given:
