@@ -124,6 +124,19 @@ def publish(name: StudyName = None) -> None:
     overview.write(store.root)
 
 
+@app.command(rich_help_panel=STUDY)
+def verify(
+    name: StudyName = None,
+    against: Annotated[str, typer.Option(help="a revision of git")] = "HEAD",
+) -> None:
+    """Compare results of stages that ran here with the committed ones; exit status 1: one is beyond its tolerance."""
+    from .report.verify import verify as verified
+
+    found = verified(*open_study(name), against)
+    typer.echo(found)
+    raise typer.Exit(1 if found.beyond else 0)
+
+
 def _opened(name: str | None) -> tuple[Study, Store]:
     """A study that is run by the project's pipeline."""
     from .stages.layout import check_pipeline
