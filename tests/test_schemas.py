@@ -138,8 +138,9 @@ def test_a_record_cut_short_or_without_a_key_or_with_a_word_for_a_number_is_name
         read(folder, path, whole.replace(f'"{key}"', '"another"').encode())
     content = read_json(path)
     if isinstance(content[key], float):
-        with pytest.raises(Damaged, match=rf"{path.name}: {key} is 'ten'"):
-            read(folder, path, whole.replace(f'"{key}": {content[key]}', f'"{key}": "ten"').encode())
+        for wrong, told in (('"ten"', "'ten'"), ("NaN", "nan"), ("null", "None")):
+            with pytest.raises(Damaged, match=rf"{path.name}: {key} is {told}: "):
+                read(folder, path, whole.replace(f'"{key}": {content[key]}', f'"{key}": {wrong}').encode())
 
 
 @pytest.mark.parametrize(

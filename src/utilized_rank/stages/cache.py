@@ -15,8 +15,8 @@ from .lock import LOCK
 def drop_damaged(root: Path, home: Path) -> list[str]:
     """Remove what is damaged in DVC's cache of what a study's lock names, so that its stage runs again.
 
-    What lies in the workspace is removed too where it is a link to such an entry or a copy of it. Every entry is read:
-    two seconds a GiB. What a stage made meanwhile of a damaged input is not seen.
+    What lies in the workspace is removed too where it is a link to such an entry or a copy of it. Every entry is read,
+    a few seconds a GiB. What a stage made meanwhile of a damaged input is not seen.
 
     Args:
         root: the project's root.
