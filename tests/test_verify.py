@@ -164,6 +164,15 @@ def test_elsewhere_how_much_was_searched_is_held_to_nothing_and_a_word_to_all(el
     assert "search_precision: float64, and was bfloat16" in said
 
 
+def test_a_record_that_is_cut_short_is_named(elsewhere):
+    study, store = elsewhere
+    path = store.report("results", "measure-vgg11.json")
+    path.write_text(path.read_text()[:-9])
+    ran(store, *RAN)
+    with pytest.raises(StudyError, match=r"results/measure-vgg11\.json is no JSON"):
+        verify(study, store)
+
+
 def test_a_row_more_or_a_row_less_is_beyond(elsewhere):
     study, store = elsewhere
     path = store.report("results", "measure-vgg11.csv")

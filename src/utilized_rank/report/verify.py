@@ -20,12 +20,12 @@ from typing import Any
 
 import pandas as pd
 
+from ..base.files import AGAIN, Damaged
 from ..base.sections import StudyError
 from ..base.store import Store
 from ..study.config import Study
 from ..study.provenance import provenance
 
-HEAD = "HEAD"
 NUMBER = re.compile(r"[-+]?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?")
 VALUE = re.compile(rf"{NUMBER.pattern}(?: \[{NUMBER.pattern}, {NUMBER.pattern}\])?")
 SIGMAS = 3
@@ -63,7 +63,7 @@ class Quantity:
 def _binomial(accuracy: float, images: int) -> float:
     """Points that two accuracies on so many images may differ by; two images more of each kind, for those near 100%."""
     p = (accuracy / 100 * images + 2) / (images + 4)
-    return 100 * SIGMAS * math.sqrt(max(0.0, 2 * p * (1 - p) / images))
+    return 100 * SIGMAS * math.sqrt(2 * p * (1 - p) / images)
 
 
 def _lost(row: Row) -> float:
@@ -197,7 +197,7 @@ class Verified:
         return "\n".join([*lines, "no difference is expected: code, parameters, data and machine are the same"])
 
 
-def verify(study: Study, store: Store, against: str = HEAD) -> Verified:
+def verify(study: Study, store: Store, against: str = "HEAD") -> Verified:
     """Compare the results of the stages that ran here since theirs were committed with those of a revision of git.
 
     Args:
@@ -219,12 +219,13 @@ def verify(study: Study, store: Store, against: str = HEAD) -> Verified:
     if not made:
         raise StudyError(f"no stage of {study.name} ran here since its results were committed: `make verify` runs some")
     record = json.loads(_git(store.root, against, "show", f"{against}:./{home}/provenance.json"))
-    other = [*_differences(record, _here(study, store))]
+    data = [store.data("prepare", "dataset.safetensors"), store.data("prepare", "splits.json")]
+    other = [*_differences(record, provenance(study, data, store.root))]
     images = _fewest_images(before)
     rows, beyond = [], []
     for path in made:
         name = path.removeprefix(f"{home}/")
-        was, now = _values(name, before[path]), _values(name, (store.root / path).read_text(encoding="utf-8"))
+        was, now = _values(name, before[path]), _values(name, (store.root / path).read_text(errors="replace"))
         for place in was | now:
             row = _compared(was.get(place), now.get(place), images if other else None)
             rows.append(row)
@@ -269,19 +270,12 @@ def _made_anew(store: Store, path: str, revision: str) -> bool:
     return committed < file.stat().st_mtime <= timing.stat().st_mtime
 
 
-def _here(study: Study, store: Store) -> dict[str, Any]:
-    return provenance(
-        study, [store.data("prepare", "dataset.safetensors"), store.data("prepare", "splits.json")], store.root
-    )
-
-
 def _differences(was: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
     """What differs in the provenance, in words; hashes say only that something does."""
     for key in now:
         if was.get(key) != now[key]:
-            yield (
-                key if key in ("code", "parameters", "data") else f"{key} ({now[key]}, then {was.get(key, 'unknown')})"
-            )
+            hashed = key in ("code", "parameters", "data")
+            yield key if hashed else f"{key} ({now[key]}, then {was.get(key, 'unknown')})"
 
 
 def _fewest_images(texts: dict[str, str]) -> int:
@@ -290,9 +284,16 @@ def _fewest_images(texts: dict[str, str]) -> int:
 
 
 def _values(name: str, text: str) -> dict[str, Value]:
-    """Every value of a file, by its place."""
+    """Every value of a file, by its place.
+
+    Raises:
+        Damaged: it should be JSON, and is not.
+    """
     if name.endswith(".json"):
-        return {value.place: value for value in _leaves(name, json.loads(text), "", "", {})}
+        try:
+            return {value.place: value for value in _leaves(name, json.loads(text), "", "", {})}
+        except ValueError as error:
+            raise Damaged(f"{name} is no JSON ({error}): {AGAIN}") from None
     return {
         f"line {number}, {column}": Value(name, f"line {number}, {column}", column, row, cell)
         for number, row in enumerate(csv.DictReader(io.StringIO(text)), 2)
