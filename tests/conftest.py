@@ -341,6 +341,8 @@ def _results(study: Study, draw: np.random.Generator) -> tuple:
                 "epsilon": epsilon,
                 "k_s": r + 1,
                 "k_t": r,
+                "k_s_alone": r + 1,
+                "k_t_alone": r,
                 "r": r,
                 "utilization": r / 32,
             }
@@ -352,7 +354,7 @@ def _results(study: Study, draw: np.random.Generator) -> tuple:
         "mlu": {f"{epsilon:g}": layers[layers.epsilon == epsilon].utilization.mean() for epsilon in epsilons},
         "rankme": draw.uniform(1, 32),
         "layers_counted": len(names),
-        "left_out": ["depthwise"],
+        "left_out": {"depthwise": "its groups are single channels"},
         "search_precision": "bfloat16",
         "calibration_images": 100,
         "search_images": 449,

@@ -579,7 +579,7 @@ def test_folders_of_one_name_are_told_apart_and_one_folder_is_not_compared_with_
     assert f"{tmp_path / 'b'}: nets:small" in out
     assert refused(call("compare", measured / "b", measured / "b")).endswith("are one folder: name two")
     assert "utilization.json" in refused(call("compare", measured / "b", tmp_path))
-    for content, told in {"{": "cannot be read", "{}": "is none that"}.items():
+    for content, told in {"{": "is no JSON", "{}": "is none that"}.items():
         (tmp_path / "b" / "utilization.json").write_text(content)
         assert told in refused(call("compare", measured / "b", tmp_path / "b"))
 

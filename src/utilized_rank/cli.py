@@ -60,13 +60,15 @@ def study(
 
 @app.command(rich_help_panel=STUDY)
 def check(name: StudyName = None) -> None:
-    """Check a study's parameters, strip the notebooks, drop results of runs that left, and mend a lock cut short."""
-    from .stages import lock
+    """Check parameters, lock and cache of a study, strip the notebooks, and drop the results of runs that left."""
+    from .stages import cache, lock
     from .stages.notebooks import prune, strip_all
 
     study, store = _opened(name)
     if mended := lock.mend(store.root / study.home):
         typer.echo(mended)
+    for dropped in cache.drop_damaged(store.root, store.root / study.home):
+        typer.echo(dropped)
     strip_all(store)
     for path in prune(study, store):
         typer.echo(f"removed {path.relative_to(store.root)}: its run is no longer in study {study.name}")
@@ -120,6 +122,19 @@ def publish(name: StudyName = None) -> None:
     style.use()
     report.publish(study, store)
     overview.write(store.root)
+
+
+@app.command(rich_help_panel=STUDY)
+def verify(
+    name: StudyName = None,
+    against: Annotated[str, typer.Option(help="a revision of git")] = "HEAD",
+) -> None:
+    """Compare results of stages that ran here with the committed ones; exit status 1: one is beyond its tolerance."""
+    from .report.verify import verify as verified
+
+    found = verified(*open_study(name), against)
+    typer.echo(found)
+    raise typer.Exit(1 if found.beyond else 0)
 
 
 def _opened(name: str | None) -> tuple[Study, Store]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import io
 import json
 import os
 import tempfile
@@ -11,7 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .sections import StudyError
+from pydantic import TypeAdapter, ValidationError
+
+from .sections import Section, StudyError, suggestion
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -24,9 +28,10 @@ NAMES = ("layer", "run", "kind", "form", "method", "subspace")
 
 HASH = "sha256"
 """Of a file of tensors, in its metadata."""
+AGAIN = "what wrote it has to run again (of a study: `dvc repro`)"
 
 
-class Damaged(StudyError):
+class Damaged(StudyError, ValueError):
     """A file that is not as it was written."""
 
 
@@ -64,9 +69,26 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, allow_nan=False))
 
 
-def read_json(path: Path) -> Any:
-    """Read what :func:`write_json` wrote."""
-    return json.loads(path.read_text(encoding="utf-8"))
+def read_json(path: Path, schema: Any = None) -> Any:
+    """Read what :func:`write_json` wrote.
+
+    Args:
+        path: of the file.
+        schema: the type that its content is of; None: any.
+
+    Raises:
+        Damaged: it is no JSON, or not of that type.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise Damaged(f"{path} is no JSON ({error}): {AGAIN}") from None
+    if schema is not None:
+        try:
+            TypeAdapter(schema).validate_python(value)
+        except ValidationError as error:
+            raise Damaged(f"{path}: {_first(error)}: {AGAIN}") from None
+    return value
 
 
 def write_table(path: Path, table: pd.DataFrame) -> None:
@@ -74,11 +96,54 @@ def write_table(path: Path, table: pd.DataFrame) -> None:
     write_text(path, table.to_csv(index=False, float_format="%.10g"))
 
 
-def read_table(path: Path) -> pd.DataFrame:
-    """Read what :func:`write_table` wrote; names stay names, also those that look like numbers or "NA"."""
+def read_table(path: Path, schema: type[Section] | None = None) -> pd.DataFrame:
+    """Read what :func:`write_table` wrote; names stay names, also those that look like numbers or "NA".
+
+    Args:
+        path: of the file.
+        schema: what each row is, column by column; None: anything.
+
+    Raises:
+        Damaged: it is cut short, or a column or a row is not of the schema.
+    """
     import pandas as pd
 
+    if schema is not None:
+        _check_rows(path, schema)
     return pd.read_csv(path, dtype=dict.fromkeys(NAMES, str), keep_default_na=False, na_values=[""])
+
+
+def _check_rows(path: Path, schema: type[Section]) -> None:
+    """Raises Damaged; checked is the text, as in numbers that pandas made of it a word has made words of its column."""
+    fields = schema.model_fields
+    try:
+        text = path.read_text(encoding="utf-8")
+        header, *lines = list(csv.reader(io.StringIO(text), strict=True)) or [[]]
+    except (ValueError, csv.Error) as error:
+        raise Damaged(f"{path} is no table ({error}): {AGAIN}") from None
+    for column in [*header, *fields]:
+        if column not in fields:
+            raise Damaged(f"{path} has an unknown column {column!r}{suggestion(column, fields)}: {AGAIN}")
+        if header.count(column) != 1 and (column in header or fields[column].is_required()):
+            raise Damaged(f"{path} has {header.count(column)} columns {column!r} in place of one: {AGAIN}")
+    if not text.endswith("\n"):
+        raise Damaged(f"{path} is cut short in line {len(lines) + 1}: {AGAIN}")
+    for number, cells in enumerate(lines, 2):
+        if len(cells) != len(header):
+            raise Damaged(f"{path}, line {number}: {len(cells)} cells in place of {len(header)}: {AGAIN}")
+        try:
+            schema.model_validate({name: cell or None for name, cell in zip(header, cells, strict=True)})
+        except ValidationError as error:
+            raise Damaged(f"{path}, line {number}: {_first(error)}: {AGAIN}") from None
+
+
+def _first(error: ValidationError) -> str:
+    """The first thing that is wrong, in one line."""
+    found = error.errors()[0]
+    where = ".".join(str(part) for part in found["loc"])
+    if found["type"] in ("missing", "extra_forbidden"):
+        return f"{where} is {'missing' if found['type'] == 'missing' else 'unknown'}"
+    return f"{where} is {found['input']!r}: {found['msg']}" if where else str(found["ctx"]["error"])
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any] | None = None) -> None:

@@ -139,10 +139,7 @@ def _record(folder: Path) -> dict[str, Any]:
         raise StudyError(
             f"{folder} has no {RECORD} and {TABLE}, as `utilized-rank measure MODEL --out {folder}` writes"
         )
-    try:
-        found = read_json(folder / RECORD)
-    except ValueError as error:
-        raise StudyError(f"{folder / RECORD} cannot be read: {error}") from None
+    found = read_json(folder / RECORD)
     if not isinstance(found, dict) or not {"mlu", "energy", "epsilon", "rank_me", "provenance"} <= found.keys():
         raise StudyError(f"{folder / RECORD} is none that `utilized-rank measure` wrote")
     return found

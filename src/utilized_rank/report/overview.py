@@ -10,6 +10,7 @@ import pandas as pd
 
 from ..base.files import read_json, read_table, write_table, write_text
 from ..base.store import Store
+from ..study.results import SUMMARY, Kind, Record
 from .figures import style
 from .figures.study import overview as figure
 from .interactive import of_studies
@@ -42,14 +43,14 @@ def studies(root: Path) -> list[Study]:
     for path in sorted(root.glob("reports/*/summary.json")):
         store = Store(path.parent.name, root)
         compared = [
-            read_table(file).assign(comparison=file.stem)
+            read_table(file, Kind).assign(comparison=file.stem)
             for file in sorted(store.report("results").glob("ssl_vs_supervised-*.csv"))
         ]
         found.append(
             Study(
                 store.study,
-                read_json(store.report("provenance.json"))["title"],
-                read_json(path),
+                read_json(store.report("provenance.json"), Record)["title"],
+                read_json(path, SUMMARY),
                 pd.concat(compared, ignore_index=True) if compared else pd.DataFrame(),
             )
         )

@@ -9,6 +9,7 @@ import pandas as pd
 from ..base.files import read_json, read_table
 from ..base.store import Store
 from ..study.config import Study
+from ..study.results import RESULTS, ROWS
 from ..study.sections import FROM_SCRATCH, Comparison, Run
 
 METHOD_NAMES = {
@@ -25,12 +26,12 @@ SEARCHED = {"train": "held out of training", "test": "half of the test images, w
 
 def result(store: Store, stage: str, key: str) -> Any:
     """The metrics that a stage wrote for one run."""
-    return read_json(store.report("results", f"{stage}-{key}.json"))
+    return read_json(store.report("results", f"{stage}-{key}.json"), RESULTS[stage])
 
 
 def rows(store: Store, stage: str, key: str) -> pd.DataFrame:
     """The table that a stage wrote for one run."""
-    return read_table(store.report("results", f"{stage}-{key}.csv"))
+    return read_table(store.report("results", f"{stage}-{key}.csv"), ROWS[stage])
 
 
 def training_name(study: Study, run: Run) -> str:

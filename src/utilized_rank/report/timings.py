@@ -8,6 +8,7 @@ import pandas as pd
 from ..base.files import read_table
 from ..base.store import Store
 from ..study.config import Study
+from ..study.results import Timed
 from .tables import METHOD_NAMES, rows
 
 
@@ -23,7 +24,7 @@ def timings(store: Store, stage: str, key: str) -> pd.DataFrame:
     made = rows(store, stage, key)
     of = ["ranks" if "ranks" in made else "epsilon", "method"]
     kept = made[made.form == "decomposed"].assign(kept=made.flops / made[made.form == "original"].flops.iloc[0])
-    times = read_table(path).merge(kept[[*of, "kept"]], on=of)
+    times = read_table(path, Timed).merge(kept[[*of, "kept"]], on=of)
     return times[np.isclose(times.flops_kept, times.kept)].drop(columns="kept")
 
 

@@ -9,7 +9,7 @@ import torch
 
 from ..base import runtime
 from ..base.files import read_table
-from ..base.sections import StudyError
+from ..base.sections import Section, StudyError
 from ..networks import cost
 from ..networks.evaluation import BATCH
 from ..study.config import Study
@@ -20,6 +20,21 @@ from .plan import Scale
 BENCHMARK = Path("reports", "benchmarks", "gpu.csv")
 SECONDS = 0.25
 """That a pass of a batch takes at least, before it tells a rate."""
+
+
+class Speed(Section):
+    """A row of the benchmark; only plain forward passes have FLOPs a second."""
+
+    device: str
+    kind: str
+    network: str
+    work: str
+    images: int | None = None
+    seconds: float | None = None
+    images_a_second: float | None = None
+    ratio: float | None = None
+    flops_a_second: float | None
+    peak_mib: float | None = None
 
 
 def rates(study: Study, scale: Scale, asked: str, root: Path) -> tuple[dict[Model, float], str]:
@@ -60,7 +75,7 @@ def _benchmarked(path: Path) -> pd.Series:
     if not path.is_file():
         empty = pd.MultiIndex.from_tuples([], names=["device", "kind"])
         return pd.Series([], index=empty, dtype=float)
-    table = read_table(path)
+    table = read_table(path, Speed)
     return table[table.work == "forward"].groupby(["device", "kind"]).flops_a_second.mean()
 
 

@@ -7,6 +7,7 @@ from ..base.sections import StudyError
 from ..base.store import Store
 from .config import Study
 from .homes import load_study, project_root, study_home
+from .results import SPLITS
 from .tolerances import search_images
 
 
@@ -31,6 +32,6 @@ def open_study(name: str | None = None) -> tuple[Study, Store]:
     store = Store(study.name, root)
     splits = store.data("prepare", "splits.json")
     if not study.measure.epsilons and splits.is_file():
-        measure = study.measure.resolved(search_images(read_json(splits)))
+        measure = study.measure.resolved(search_images(read_json(splits, SPLITS)))
         study = study.model_copy(update={"measure": measure})
     return study, store

@@ -9,6 +9,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..base.files import file_hash
 from ..base.runtime import device as runtime_device
 from ..base.runtime import device_name, processor
@@ -57,6 +59,7 @@ def provenance(study: Study, data: list[Path], root: Path) -> dict[str, Any]:
         "device": device.type if device.type == "cpu" else f"{device.type} ({device_name(device)})",
         "threads": study.threads,
         "processor": processor(),
+        "vectors": torch.backends.cpu.get_cpu_capability(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "packages": {name: version(name) for name in PACKAGES},
