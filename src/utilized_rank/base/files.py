@@ -45,6 +45,10 @@ def whole(path: Path) -> Iterator[Path]:
         with partial.open("rb") as file:
             os.fsync(file.fileno())  # before its name: a name without its bytes is what a crash would leave
         partial.replace(path)
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from None  # a full disk does not say which file
     finally:
         partial.unlink(missing_ok=True)
 
@@ -79,12 +83,16 @@ def read_table(path: Path) -> pd.DataFrame:
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any] | None = None) -> None:
     """Write tensors as safetensors; ``metadata`` is kept in the header as JSON, and a hash of all that beside it."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     described = json.dumps(metadata or {}, sort_keys=True)
     with whole(path) as partial:
-        save_file(plain, partial, metadata={"json": described, "sha256": _content_hash(plain, described)})
+        try:
+            save_file(plain, partial, metadata={"json": described, "sha256": _content_hash(plain, described)})
+        except SafetensorError as error:
+            raise OSError(f"{path} cannot be written ({error})") from None
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
