@@ -1,6 +1,7 @@
 """Small networks, images and parameters that several test files share."""
 
 import copy
+import re
 from collections.abc import Callable
 from itertools import cycle, product
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import settings
 from PIL import Image
-from running import folder_study, tiny_project  # noqa: F401  (fixtures)
+from running import call, folder_study, tiny_project  # noqa: F401  (fixtures)
 from torch import Tensor, nn
 
 from utilized_rank.base.files import write_json, write_table
@@ -76,6 +77,23 @@ PARAMETERS = {
 def parameters() -> dict:
     """The content of a valid params.yaml, to be changed at will."""
     return copy.deepcopy(PARAMETERS)
+
+
+@pytest.fixture
+def said(
+    record_property: Callable[[str, object], None], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str, str, str], None]:
+    """Records a kind of mistake, what was wrong, and what is said of it, for ``reliability.messages``."""
+    place = re.compile(rf"{re.escape(str(tmp_path_factory.getbasetemp()))}/[^/\s':;,)]+/?|\.\w+\.\w{{8}}/")
+
+    def record(kind: str, wrong: str, message: str) -> None:
+        assert message.strip()
+        assert "Traceback" not in message
+        shown = place.sub(lambda found: "" if found[0].endswith("/") else ".", message)
+        for name, value in (("kind", kind), ("wrong", wrong), ("message", shown)):
+            record_property(name, value)
+
+    return record
 
 
 @pytest.fixture

@@ -1,4 +1,7 @@
-"""A shrunken study in a copy of the project, and beside it the README's own: what the tests of both run once."""
+"""A shrunken study in a copy of the project, and beside it the README's own: what the tests of both run once.
+
+And the command, run in this process.
+"""
 
 import hashlib
 import os
@@ -6,7 +9,8 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +18,7 @@ import pytest
 from dvc.utils.serialize import dump_yaml
 from PIL import Image
 
+from utilized_rank import cli
 from utilized_rank.study.config import parse_study
 
 ROOT = Path(__file__).parents[1]
@@ -198,3 +203,58 @@ def folder_study(tiny_project) -> tuple[list[str], set[str]]:
     new = command(tiny_project, "git", "status", "--short", "--untracked-files=all").splitlines()
     changed = {line[3:].split("/")[1] for line in new}
     return [name.partition("dvc.yaml:")[2] for name in started(output)], changed
+
+
+def typed(words: list[str]) -> int:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["utilized-rank", *words])
+        try:
+            cli.entry()
+        except SystemExit as left:
+            return left.code or 0
+    return 0
+
+
+@dataclass
+class Ended:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def said(self) -> list[str]:
+        """Lines of standard error but progress bars."""
+        return [line for line in re.split(r"[\r\n]+", self.err) if line.strip() and not re.search(r"%\||\d \[\d", line)]
+
+
+Call = Callable[..., Ended]
+
+
+@pytest.fixture
+def call(place, monkeypatch, capsys) -> Call:
+    """Run the command in this process, in ``place``, which each file of tests has its own of."""
+    monkeypatch.chdir(place)
+
+    def called(*words: object) -> Ended:
+        capsys.readouterr()
+        return Ended(typed([*map(str, words)]), *capsys.readouterr())
+
+    return called
+
+
+def done(ended: Ended) -> str:
+    assert ended.code == 0, ended.err
+    return ended.out
+
+
+def files(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if "__pycache__" not in path.parts}
+
+
+def refused(ended: Ended) -> str:
+    """The one line that a mistake ends in."""
+    assert ended.code == 2, ended
+    assert "Traceback" not in ended.err
+    assert "written" not in ended.out
+    (line,) = ended.said
+    return line

@@ -473,11 +473,12 @@ REFUSED: dict[str, tuple[Callable[[Tensor, Tensor], Given], str]] = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_be_measured_is_refused_in_one_line(name, network, images, labels):
+def test_what_cannot_be_measured_is_refused_in_one_line(name, network, images, labels, said):
     given, why = REFUSED[name]
     with pytest.raises(ur.InputError, match=why) as raised:
         ur.measure(network, **given(images, labels))
     assert len(str(raised.value).splitlines()) == 1
+    said("library", f"measure: {name}", str(raised.value))
 
 
 NOTHING: dict[str, tuple[nn.Module, str]] = {
@@ -512,12 +513,13 @@ IMPOSSIBLE: dict[str, tuple[Given, str]] = {
 
 
 @pytest.mark.parametrize("name", IMPOSSIBLE)
-def test_what_cannot_be_made_smaller_is_refused_in_one_line(name, network, images):
+def test_what_cannot_be_made_smaller_is_refused_in_one_line(name, network, images, said):
     how, why = IMPOSSIBLE[name]
     with pytest.raises(ur.InputError, match=why) as raised:
         ur.compress(network, images, **QUIET | how)
     assert isinstance(raised.value, ValueError)
     assert len(str(raised.value).splitlines()) == 1
+    said("library", f"compress: {name}", str(raised.value))
 
 
 def test_only_what_compress_gives_is_saved(network, tmp_path):

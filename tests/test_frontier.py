@@ -184,6 +184,19 @@ def test_from_a_network_that_was_built_another_one_is_what_it_is_from_the_origin
     assert known.choices() == chosen
 
 
+def test_what_a_cumulative_search_finds_is_taken_only_where_it_passes(compression, monkeypatch):
+    """Here it finds the smallest network that there is, which keeps less of the accuracy than it has to."""
+    made = compression("resnet20")
+    budgets = made.budgets("params")
+    least = budgets.within(budgets.least)
+    needed = made.score(made.network) - 1.0
+    assert made.score(made.build("optimal", least).network) < needed
+    monkeypatch.setattr(made, "cumulative", lambda method, epsilon: least)
+    found = made.joint("optimal", 1.0)
+    assert found.cumulative is None
+    assert made.score(made.build("optimal", found.choices).network) >= needed - 1e-9
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_no_cumulative_network_is_smaller_than_the_joint_one(compression, name):
     made = compression(name)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from utilized_rank.compression import costs as costs_of
 from utilized_rank.compression import policies
+from utilized_rank.compression.compressor import Compression
 from utilized_rank.compression.costs import (
     Candidate,
     Choices,
@@ -517,6 +518,23 @@ def test_with_the_channel_form_alone_independent_ranks_are_as_given(make, images
     flops = flop_costs(network, layers, images)
     ranks = {c.layer.name: 1 + i % 2 for i, c in enumerate(layers) if c.saving("channel") > 1}
     assert independent(ranks, layers, flops) == {name: ("channel", rank) for name, rank in ranks.items()}
+
+
+@pytest.mark.parametrize(("found", "passes"), [(0.7, True), (0.7 - 1e-6, False)])
+def test_searches_take_what_is_at_their_tolerance_however_floats_are_rounded(found, passes):
+    """0.8 - 0.1 is more than 0.7 in floats."""
+    torch.manual_seed(0)
+    network, inputs = nn.Sequential(nn.Linear(8, 8)), torch.randn(20, 8)
+    moments = input_moments(network, countable(network).layers, [inputs])
+
+    def score(its: nn.Module) -> float:
+        whole = isinstance(its[0], nn.Linear) and its[0].weight.equal(network[0].weight)
+        return 0.8 if whole else found
+
+    made = Compression(network, moments, inputs, score, losses="energy")
+    expected = {"0": ("channel", 1)} if passes else {}
+    assert made.cumulative("optimal", 0.1) == expected
+    assert made.joint("optimal", 0.1).choices == expected
 
 
 class Search:

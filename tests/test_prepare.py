@@ -82,7 +82,7 @@ def test_the_seed_decides_the_splits():
 
 
 @pytest.mark.parametrize(
-    ("changes", "own_test", "said"),
+    ("changes", "own_test", "words"),
     [
         ({"limit": 10}, False, r"10 images are too few \(2 for train, 4 for search, 4 for test\).* of 4 classes"),
         ({"search": 3}, False, r"search has fewer; change data\.limit, data\.search or data\.test"),
@@ -92,10 +92,12 @@ def test_the_seed_decides_the_splits():
         ({"test": 0.2}, True, "has test images of its own: leave data.test away"),
     ],
 )
-def test_splits_that_cannot_be_are_refused_with_what_to_change(changes, own_test, said):
-    with pytest.raises(StudyError, match=said) as caught:
+def test_splits_that_cannot_be_are_refused_with_what_to_change(changes, own_test, words, said):
+    with pytest.raises(StudyError, match=words) as caught:
         split_indices(LABELS, how(**changes), 0, own_test)
     assert "\n" not in str(caught.value)
+    given = ", ".join(f"data.{name}: {value}" for name, value in changes.items())
+    said("images", f"{given}{', test images of its own' if own_test else ''}", str(caught.value))
 
 
 def drawn(counts: list[int], own: list[int] | None = None) -> Source:
@@ -134,22 +136,24 @@ def test_every_split_has_every_class_or_the_study_is_refused(counts, search, tes
 
 
 @pytest.mark.parametrize(("own", "needed"), [(False, 3), (True, 2)], ids=["three splits", "two splits"])
-def test_a_class_with_one_image_is_refused_by_name(image_folder, tmp_path, own, needed):
+def test_a_class_with_one_image_is_refused_by_name(image_folder, tmp_path, own, needed, said):
     image_folder(apple=12, pear=1, plum=12)
     if own:
         image_folder("test", apple=1, pear=1, plum=1)
-    with pytest.raises(StudyError, match=rf"have 1 of class pear: it needs {needed}, one for each split"):
+    with pytest.raises(StudyError, match=rf"have 1 of class pear: it needs {needed}, one for each split") as caught:
         build(FRUIT.model_copy(update={"test": None if own else 0.25}), 0, tmp_path)
+    said("images", f"one image of a class, and {needed} splits", str(caught.value))
 
 
 @pytest.mark.parametrize("where", ["images", "test"])
 @pytest.mark.parametrize("label", [-1, 3])
-def test_a_label_that_names_no_class_is_refused(monkeypatch, tmp_path, where, label):
+def test_a_label_that_names_no_class_is_refused(monkeypatch, tmp_path, where, label, said):
     source = drawn([20, 20, 20], own=[2, 2, 2])
     getattr(source, where).labels[4] = label
     monkeypatch.setattr(prepare, "read", lambda data, root: source)
-    with pytest.raises(StudyError, match=rf"images have label {label}, but there are 3 classes"):
+    with pytest.raises(StudyError, match=rf"images have label {label}, but there are 3 classes") as caught:
         build(how(test=None), 0, tmp_path)
+    said("images", f"label {label} of three ({where})", str(caught.value))
 
 
 def test_digits_are_split_as_the_indices_say(built, tmp_path):

@@ -82,6 +82,11 @@ def test_the_learning_rate_warms_up_to_its_value_and_decays_along_a_cosine():
     np.testing.assert_allclose(rates[1:], 0.25 * (1 + np.cos(np.pi * np.arange(8) / 8)))
 
 
+def test_a_warm_up_takes_half_of_the_training_at_most():
+    rates = Regression().fit(recipe(epochs=4, lr=0.5, warmup_epochs=100)).lr  # of the first of 4 steps of each epoch
+    np.testing.assert_allclose(rates, [0.5 / 8, 0.5 * 5 / 8, 0.5, 0.25 * (1 + np.cos(np.pi / 2))])
+
+
 def test_the_curve_is_the_mean_loss_of_each_epoch_and_what_is_watched():
     problem = Regression()
     values: list[float] = []

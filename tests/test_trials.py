@@ -1,3 +1,6 @@
+import math
+from fractions import Fraction
+
 import pytest
 import torch
 from hypothesis import given
@@ -14,7 +17,7 @@ from utilized_rank.ranks.prediction import START, guide
 from utilized_rank.ranks.projection import bases
 from utilized_rank.ranks.rank_search import search, search_utilized
 from utilized_rank.ranks.subspaces import Subspace
-from utilized_rank.ranks.trials import PROBE, Trials, evaluations_table, probe
+from utilized_rank.ranks.trials import PROBE, Scored, Trials, evaluations_table, probe
 
 NETWORKS = [
     "residual",
@@ -47,6 +50,27 @@ def pairs(layer: Layer) -> list[tuple[int, int]]:
     few, half = 1, max(1, layer.width // 2)
     both = [(few, layer.n), (half, layer.n), (layer.m, half), (half, half), (layer.m, layer.n)]
     return list(dict.fromkeys(both))
+
+
+@pytest.mark.parametrize("count", [40, 200, 500, 1000])
+def test_the_tolerance_is_that_of_exact_arithmetic(make, count):
+    """Where it is worth a whole number of images, that many may be lost: 9 less 0.7 points of 1000 is 2."""
+    trials = Trials(make("shared"), Labelled(torch.randn(4, 3, 8, 8), torch.arange(4)), 64)
+    trials.images = count
+    for tenths in range(101):
+        loss = Fraction(tenths, 1000) * count
+        for correct in (count, count // 2, math.ceil(loss), math.ceil(loss) + 2):
+            trials.correct = correct
+            assert trials.needed(tenths / 10) == math.ceil(correct - loss)
+
+
+@pytest.mark.parametrize(("found", "passes"), [(0.7, True), (0.7 - 1e-6, False)])
+def test_a_score_passes_at_its_tolerance_however_floats_are_rounded(make, images, found, passes):
+    """0.8 - 0.1 is more than 0.7 in floats."""
+    network = make("shared")
+    layer, (s, t) = next(iter(subspaces(network, images).items()))
+    values = iter([0.8, found])
+    assert Scored(network, lambda _: next(values)).passes(layer, s, t, 1, 1, 0.1) == passes
 
 
 def agrees(trials: Trials, plain: Plain, layer: Layer, s: Subspace, t: Subspace, k_s: int, k_t: int) -> set[bool]:

@@ -102,7 +102,10 @@ def write(small: nn.Module, folder: Path, network: str, imports: str, sources: t
     done = getattr(small, RECORD)
     # A module under two names has its tensors twice in the file: safetensors takes no shared memory.
     tensors = {name: its.detach().cpu().clone().contiguous() for name, its in small.state_dict().items()}
-    save_file(tensors, folder / WEIGHTS)
+    try:
+        save_file(tensors, folder / WEIGHTS)
+    except SafetensorError as error:
+        raise OSError(f"{WEIGHTS} cannot be written ({error})") from None
     (folder / WEIGHTS).chmod(0o644)
     _write_json(folder / LAYERS, done["layers"])
     its_hash = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()

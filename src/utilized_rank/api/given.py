@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ..networks.batches import Batches, call, count, gathered
-from ..networks.devices import placed
+from ..networks.devices import placed, truth
 from ..networks.evaluation import Labelled, Score, logits_of
 from ..networks.standard import standardize
 
@@ -30,7 +30,7 @@ def standard(network: nn.Module, batch: Any) -> tuple[nn.Module, dict[str, str]]
         batch: what it is called with.
 
     Raises:
-        InputError: it cannot be copied, or does not take the batch.
+        InputError: it cannot be copied, does not take the batch, or gives something else at a second call.
     """
     try:
         made = copy.deepcopy(network).eval()
@@ -38,11 +38,15 @@ def standard(network: nn.Module, batch: Any) -> tuple[nn.Module, dict[str, str]]
         raise InputError(f"the network cannot be copied ({line(error)})") from None
     try:
         with torch.inference_mode():
-            given = call(made, placed(batch, made))
-        logits_of(given)
+            given, again = (logits_of(call(made, placed(batch, made))) for _ in range(2))
     except Exception as error:  # the network's own code
         shapes = ", ".join(str(tuple(leaf.shape)) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor))
         raise InputError(f"the network does not take inputs of shape {shapes}: {line(error)}") from None
+    if not truth(torch.isclose(again, given, rtol=1e-2, atol=1e-4, equal_nan=True).all()):
+        raise InputError(
+            "the network gives other values when it is called again with the same inputs: it keeps state, or draws at "
+            "random, and what is found would be chance; make its evaluation mode do neither"
+        )
     return made, standardize(made, placed(batch, made))
 
 

@@ -54,6 +54,10 @@ def whole(path: Path) -> Iterator[Path]:
         with partial.open("rb") as file:
             os.fsync(file.fileno())  # before its name: a name without its bytes is what a crash would leave
         partial.replace(path)
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from None  # a full disk does not say which file
     finally:
         partial.unlink(missing_ok=True)
 

@@ -13,7 +13,7 @@ Positive = Annotated[int, Field(gt=0)]
 
 def _fraction_or_number(amount: float) -> float:
     if amount >= 1 and amount != int(amount):
-        raise ValueError("a fraction is below 1, a number is whole")
+        raise ValueError(f"{amount:g} is neither a fraction, below 1, nor a whole number")
     return amount
 
 
@@ -38,7 +38,7 @@ class StudyError(Exception):
 class Section(BaseModel):
     """A part of the parameters: immutable, and closed to unknown keys."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, strict=True)
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:

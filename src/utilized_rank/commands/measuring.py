@@ -16,7 +16,7 @@ from ..api.measuring import measure as measured
 from ..base.files import read_json, read_table, write_json, write_table
 from ..base.sections import StudyError
 from ..networks.batches import Batches
-from ..networks.evaluation import Labelled, features
+from ..networks.evaluation import Labelled, features, received
 from ..networks.precision import Precision
 from ..ranks.measure import Criterion
 from ..ranks.subspaces import effective_rank
@@ -77,9 +77,12 @@ def measure(
 def _rank_me(network: nn.Module, inputs: Batches) -> float | None:
     """RankMe of what flows into the classifier; None where that is not one vector an image, or zero."""
     try:
-        seen = features(network, classifier(network), inputs)
+        head = classifier(network)
     except StudyError:
         return None
+    if not received(network, [head], inputs[:1]):  # a part that inputs do not reach
+        return None
+    seen = features(network, head, inputs)
     found = effective_rank(seen) if seen.ndim == 2 and len(seen) == len(inputs) else math.nan
     return found if math.isfinite(found) else None
 

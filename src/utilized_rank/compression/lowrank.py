@@ -19,7 +19,7 @@ from ..networks.devices import truth
 from ..ranks.layers import Layer
 from ..ranks.moments import Moments
 from ..ranks.projection import projected
-from ..ranks.subspaces import Subspace, output_principal, principal
+from ..ranks.subspaces import Subspace, output_principal, principal, singular
 
 
 @dataclass(frozen=True)
@@ -166,8 +166,8 @@ class Channel:
         self.fit = fit
         self._most = fit.layer.width if most is None else most
         if fit.moment is None:
-            _, singular, right = torch.linalg.svd(fit.matrix, full_matrices=False)
-            self.basis, self._energies = right.mT, singular.square()
+            values, self.basis = singular(fit.matrix)
+            self._energies = values.square()
         else:
             narrow = fit.layer.m < fit.layer.n
             whole = output_principal(fit.moment, fit.matrix) if narrow else principal(fit.energy)
@@ -316,4 +316,4 @@ def _tails(energies: Tensor) -> Tensor:
 
 def right_singular(matrix: Tensor) -> Tensor:
     """Right singular vectors of (g, m, n) as columns, by descending singular value, (g, n, min(m, n))."""
-    return torch.linalg.svd(matrix, full_matrices=False).Vh.mT
+    return singular(matrix)[1]

@@ -18,6 +18,8 @@ CHANNELS = 3
 """Of every image that comes from a file."""
 FORMATS = ("BMP", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 """That are decoded, whatever a file is called: for some others PIL calls further programs."""
+PATIENCE = 600
+"""Seconds that a batch of images is waited for: a process that finds no shared memory for it would never give it."""
 
 
 @dataclass(frozen=True)
@@ -112,11 +114,19 @@ def stream(images: Images, batches: Sequence[Tensor]) -> Iterator[Tensor]:
         num_workers=images.workers,
         generator=generator,
         pin_memory=torch.cuda.is_available(),
+        timeout=PATIENCE if images.workers else 0,
     )
-    for batch in loader:
-        if isinstance(batch, str):
-            raise StudyError(batch)
-        yield batch
+    try:
+        for batch in loader:
+            if isinstance(batch, str):
+                raise StudyError(batch)
+            yield batch
+    except (OSError, RuntimeError) as error:  # no process can be started, or there is no shared memory to hand over in
+        told = str(error).strip().rpartition("\n")[2]  # behind a worker's traceback
+        raise StudyError(
+            f"{images.root}: {images.workers} processes cannot decode its images ({told}): allow for them and for "
+            "shared memory, or set data.workers to 0"
+        ) from None
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,12 @@ def spectrum(moment: Tensor) -> Tensor:
     """All eigenvalues of ``moment`` (..., m, m), descending, none below zero: (..., m)."""
     home = moment.device
     moment = moment.to(solver(home, moment.shape[-1]), torch.float64)
-    return torch.linalg.eigvalsh((moment + moment.mT) / 2).flip(-1).clamp_min(0).to(home)
+    moment = (moment + moment.mT) / 2
+    try:
+        values = torch.linalg.eigvalsh(moment)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # as in `_eigh`
+        values, _ = _by_scipy(moment, moment.shape[-1])
+    return values.flip(-1).clamp_min(0).to(home)
 
 
 LARGE = 2000
@@ -150,6 +155,16 @@ def _by_scipy(matrix: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return values.to(matrix.device), vectors.to(matrix.device)
 
 
+def singular(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Singular values of (g, m, n), descending, and right singular vectors as columns: (g, K), (g, n, K)."""
+    try:
+        _, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # divide and conquer gave up: by QR it is slower
+        pairs = [scipy.linalg.svd(one, full_matrices=False, lapack_driver="gesvd")[1:] for one in matrix.cpu().numpy()]
+        values, right = (torch.stack([*map(torch.from_numpy, its)]).to(matrix) for its in zip(*pairs, strict=True))
+    return values, right.mT
+
+
 def _largest_beside(matrix: Tensor, found: Tensor, size: int) -> Tensor:
     """The largest eigenvalue (from below) that ``matrix`` has beside the eigenvectors ``found``, its rows."""
     generator = torch.Generator().manual_seed(1)
@@ -219,8 +234,8 @@ def effective_rank(features: Tensor) -> float:
     Garrido et al. 2023, arXiv 2210.02885, equation 1. Between 1 and min(N, D); compare only networks
     of one architecture.
     """
-    singular = torch.linalg.svdvals(features.double())
-    p = singular / singular.sum() + 1e-7
+    values = torch.linalg.svdvals(features.double())
+    p = values / values.sum() + 1e-7
     return float(torch.exp(-(p * p.log()).sum()))
 
 

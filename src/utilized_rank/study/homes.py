@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from ..base.sections import StudyError, suggestion
 from .config import Study, parse_study
@@ -79,8 +79,11 @@ def _read_yaml(path: Path) -> Any:
         return YAML(typ="safe").load(path.read_text())
     except OSError as error:
         raise StudyError(f"{_shown(path)} cannot be read: {error.strerror}") from error
-    except YAMLError as error:
-        raise StudyError(f"{_shown(path)} is not valid YAML: {error}") from error
+    except MarkedYAMLError as error:
+        line = "" if error.problem_mark is None else f" in line {error.problem_mark.line + 1}"
+        raise StudyError(f"{_shown(path)} is not valid YAML: {error.problem}{line}") from error
+    except (YAMLError, UnicodeDecodeError) as error:
+        raise StudyError(f"{_shown(path)} is not valid YAML: {str(error).splitlines()[0]}") from error
 
 
 def default_study(root: Path) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import PurePath
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -18,6 +18,11 @@ def _architecture(name: str) -> str:
         known = [*OWN_ARCHITECTURES, "timm/NAME", "torchvision/NAME"]
         raise ValueError(f"there is no {name!r}{suggestion(name, known)}")
     return name
+
+
+T = TypeVar("T")
+Channels = Annotated[tuple[T, ...], Field(strict=False)]
+"""A value for each: YAML has lists alone."""
 
 
 class Model(Section):
@@ -37,9 +42,9 @@ class Model(Section):
     """Pixels on a side of one token (vit)."""
     blocks: Positive | None = None
     """Keep the first so many transformer blocks (timm, torchvision); all where it is null."""
-    mean: tuple[float, ...] | None = None
+    mean: Channels[float] | None = None
     """What each channel is normalised with, in [0, 1]; that of the training images where it is null."""
-    std: tuple[Annotated[float, Field(gt=0)], ...] | None = None
+    std: Channels[Annotated[float, Field(gt=0)]] | None = None
 
     @model_validator(mode="after")
     def _heads_divide_dim(self) -> Model:
