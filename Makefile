@@ -44,7 +44,7 @@ test-gpu: .venv/ready
 # (under half an hour on two cores).
 test-faults: export OMP_NUM_THREADS := 1
 test-faults: .venv/ready
-	$(BIN)/pytest -m "faults or wrong" -n 2 --dist loadgroup --junitxml=data/faults.xml
+	$(BIN)/pytest -m "faults or told" -n 2 --dist loadgroup --junitxml=data/faults.xml
 	$(BIN)/python tests/reliability.py data/faults.xml
 
 # The same tests on the oldest versions that pyproject.toml allows, in .venv-oldest.

@@ -35,6 +35,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         whole = "tiny_project" in getattr(item, "fixturenames", ())
         item.add_marker(pytest.mark.xdist_group("studies" if whole else item.path.stem))
+        if {"said", "record_property"} & {*getattr(item, "fixturenames", ())}:
+            item.add_marker(pytest.mark.told)
 
 
 SHAPE, CLASSES = (3, 8, 8), 5

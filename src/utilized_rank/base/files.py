@@ -158,7 +158,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, An
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     known = metadata or {}
     # One entry: safetensors writes several in an order that is another each time.
-    header = {"json": json.dumps({**known, HASH: _content_hash(plain, known)})}
+    header = {"json": json.dumps({**known, HASH: _content_hash(plain, known)}, sort_keys=True)}
     with whole(path) as partial:
         try:
             save_file(plain, partial, metadata=header)
@@ -189,7 +189,7 @@ def _content_hash(tensors: dict[str, Tensor], known: dict[str, Any]) -> str:
     """SHA-256 over names, types, shapes and values, and what is said of them."""
     import torch
 
-    found = hashlib.sha256(json.dumps(known).encode())
+    found = hashlib.sha256(json.dumps(known, sort_keys=True).encode())
     for name in sorted(tensors):
         tensor = tensors[name]
         found.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())

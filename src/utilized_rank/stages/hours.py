@@ -9,10 +9,11 @@ import torch
 
 from ..base import runtime
 from ..base.files import read_table
-from ..base.sections import Section, StudyError
+from ..base.sections import StudyError
 from ..networks import cost
 from ..networks.evaluation import BATCH
 from ..study.config import Study
+from ..study.results import Result
 from ..training import models
 from ..training.sections import Model
 from .plan import Scale
@@ -22,7 +23,7 @@ SECONDS = 0.25
 """That a pass of a batch takes at least, before it tells a rate."""
 
 
-class Speed(Section):
+class Speed(Result):
     """A row of the benchmark; only plain forward passes have FLOPs a second."""
 
     device: str

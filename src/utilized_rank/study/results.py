@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ..base.sections import Percent, Positive, Section
 
@@ -17,7 +17,13 @@ Part = Annotated[float, Field(ge=0, le=1)]
 Points = Annotated[float, Field(ge=-100, le=100)]
 
 
-class Epoch(Section):
+class Result(Section):
+    """A row of a table or a record; a number may be text, as in a table, and a whole one have a point."""
+
+    model_config = ConfigDict(strict=False)
+
+
+class Epoch(Result):
     """A row of a learning curve; without labels there is no accuracy."""
 
     epoch: Positive
@@ -26,7 +32,7 @@ class Epoch(Section):
     search_accuracy: Percent | None = None
 
 
-class Utilized(Section):
+class Utilized(Result):
     """A layer at a tolerance: its row as in ``Measurement.layers``."""
 
     layer: str
@@ -50,7 +56,7 @@ class Utilized(Section):
         return self
 
 
-class Assessed(Section):
+class Assessed(Result):
     """A network, as ``decompose.assess`` finds it."""
 
     form: Literal["original", "re-estimated", "projected", "decomposed", "fine-tuned"]
@@ -79,7 +85,7 @@ class Beyond(Assessed):
     lr: Amount | None
 
 
-class Kind(Section):
+class Kind(Result):
     """A kind of training at a tolerance: its row as in ``tables.training_kinds``."""
 
     kind: str
@@ -94,7 +100,7 @@ class Kind(Section):
     images: Positive
 
 
-class Timed(Section):
+class Timed(Result):
     """A low-rank network beside its original: its row as in ``decompose.latency``."""
 
     epsilon: Amount | None = None
@@ -106,7 +112,7 @@ class Timed(Section):
     flops_kept: Amount
 
 
-class Trained(Section):
+class Trained(Result):
     """What training says of a run."""
 
     test_accuracy: Percent
@@ -117,7 +123,7 @@ class Trained(Section):
     flops: Positive
 
 
-class Measured(Section):
+class Measured(Result):
     """What the measurement says of a run."""
 
     mlu: dict[str, Part]
@@ -131,7 +137,7 @@ class Measured(Section):
     passes_of_the_search_split: Amount
 
 
-class Kept(Section):
+class Kept(Result):
     """What a smaller network keeps and loses."""
 
     parameters_kept: Amount
@@ -141,7 +147,7 @@ class Kept(Section):
     change_high: Points
 
 
-class Headline(Section):
+class Headline(Result):
     """A run, as in ``summary.summary``."""
 
     label: str

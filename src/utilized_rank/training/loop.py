@@ -74,14 +74,16 @@ def fit(
     if kept is not None:
         tensors, known = kept
         _restore(tensors, known, whole, optimizer, schedule, generator)
-        first, step, curve, rate = known["epoch"], known["step"], known["curve"], known["rate"]
+        first, step, rate = known["epoch"], known["step"], known["rate"]
+        curve = [dict(row) for row in known["curve"]]
         order, sums = tensors["order"], tensors["sums"].to(device)
 
     def put(epoch: int, where: str) -> None:
         if not journal.keeps:
             return
         tensors, known = _state(whole, optimizer, schedule, generator)
-        at = {"epoch": epoch, "step": step, "curve": curve, "rate": rate}
+        # In pairs: JSON's keys have no order, the columns of a curve do.
+        at = {"epoch": epoch, "step": step, "rate": rate, "curve": [[*row.items()] for row in curve]}
         journal.put(title, tensors | {"order": order, "sums": sums.clone()}, known | at, f"{title}, {where}")
 
     for epoch in tqdm(range(first, recipe.epochs + 1), title, recipe.epochs, initial=first - 1, unit="epoch"):
