@@ -2,7 +2,7 @@
 
 import copy
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import cycle, product
 from pathlib import Path
 
@@ -79,6 +79,14 @@ PARAMETERS = {
 def parameters() -> dict:
     """The content of a valid params.yaml, to be changed at will."""
     return copy.deepcopy(PARAMETERS)
+
+
+@pytest.fixture(autouse=True)
+def threads() -> Iterator[None]:
+    """Commands set those of their study: of the tests after them, side by side, each would be slower by factors."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

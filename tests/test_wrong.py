@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import reliability
 import torch
 from dvc.utils.serialize import dump_yaml
 from PIL import Image
@@ -603,35 +602,8 @@ def test_a_cache_that_cannot_be_written_is_told(place, call, said, monkeypatch):
 
 
 def test_one_thread_finds_what_two_find(place, call):
-    before, found = torch.get_num_threads(), {}
-    try:
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
-            layers, _ = done(call(*MEASURE[:-2])).split("RankMe")  # sums of which differ in their last digits
-            found[threads] = layers
-    finally:
-        torch.set_num_threads(before)
+    found = {}
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        found[count], _ = done(call(*MEASURE[:-2])).split("RankMe")  # sums of which differ in their last digits
     assert found[1] == found[2]
-
-
-# The report
-
-
-def test_what_is_said_becomes_a_table_without_what_failed(tmp_path):
-    def case(kind: str, wrong: str, message: str, inside: str = "") -> str:
-        named = {"kind": kind, "wrong": wrong, "message": message}
-        properties = "".join(f'<property name="{name}" value="{value}"/>' for name, value in named.items())
-        return f"<testcase><properties>{properties}</properties>{inside}</testcase>"
-
-    cases = [
-        case("parameters", "seed: -1", "seed is -1: too small&#10;and so on"),
-        case("images", "a|b", "data/a_b has no image"),
-        case("images", "a|b", "data/a_b has no image"),
-        case("images", "c", "is never said", "<failure/>"),
-        "<testcase/>",
-    ]
-    (tmp_path / "found.xml").write_text(f"<testsuites><testsuite>{''.join(cases)}</testsuite></testsuites>")
-    assert reliability.messages(tmp_path / "found.xml").splitlines()[2:] == [
-        r"| images | a\|b | data/a\_b has no image |",
-        "| parameters | seed: -1 | seed is -1: too small<br>and so on |",
-    ]
