@@ -1,4 +1,4 @@
-"""reports/reliability.md: what is left of stages that were killed and files that were damaged, and what is said of mistakes.
+"""reports/reliability.md: what is left of what was killed or damaged, and what is said of mistakes.
 
 From what ``pytest --junitxml`` writes of the tests that record it; only those that passed count.
 """
@@ -18,38 +18,45 @@ ANEW, ENDED = "began anew", "had ended before"
 """How an execution that follows a killed one went on, where it took up nothing."""
 
 
-def report(xml: Path) -> str:
-    """The whole page, in Markdown."""
-    stages, ways = kills(xml), Counter(its.split("|")[1] for its in _recorded(xml, "kill"))
-    many = sum(ways.values())
-    said = messages(xml)
-    return f"""# Reliability
+PAGE = """# Reliability
 
-What `make test-faults` found. A shrunken study (64 images, two epochs) runs once; then each of its stages is killed at random
-moments (seeded), again and again without ever coming to its end, and is left to end at last. Journals are written at every chance
-here, and slowly, so that most kills meet work that has begun. After each stage every file of the study, reports and data, is
-compared with what the first run had made: **{many} kills, 0 bytes that differ**, no process left after ten seconds.
+What `make test-faults` found. A shrunken study (64 images, two epochs) runs once; then each of its stages is killed at
+random moments (seeded), again and again without ever coming to its end, and is left to end at last. Journals are
+written at every chance here, and slowly, so that most kills meet work that has begun. After each stage every file of
+the study, reports and data, is compared with what the first run had made: **{kills} kills, 0 bytes that differ**, no
+process left after ten seconds.
 
 {stages}
-By way: {", ".join(f"{way} {count}" for way, count in sorted(ways.items()))}. "Went on" took up what had been done; "began anew" was
-killed before anything was, or is a stage that keeps no journal; "had ended" was killed too late.
+By way: {ways}. "Went on" took up what had been done; "began anew" was killed before anything was, or is a stage that
+keeps no journal; "had ended" was killed too late.
 
 ## Damage
 
 | what happened | what is said of it |
 |---|---|
-{"".join(f"| {' | '.join(map(_cell, its.split('|', 1)))} |{NEW_LINE}" for its in sorted(_recorded(xml, "fault")))}
+{faults}
 After each the study was run again, without a hand, and every file is as before.
 
 ## Mistakes
 
-{said.count(NEW_LINE) - 2} wrong inputs and broken machines. Each ends with a status that is not zero, or an exception of the library, and
-leaves nothing half-written.
+{mistakes} wrong inputs and broken machines. Each ends with a status that is not zero, or an exception of the library,
+and leaves nothing half-written.
 
-{said}"""
+{messages}"""
 
 
-NEW_LINE = "\n"
+def report(xml: Path) -> str:
+    """The whole page, in Markdown."""
+    ways, told = Counter(its.split("|")[1] for its in _recorded(xml, "kill")), messages(xml)
+    faults = [f"| {' | '.join(map(_cell, its.split('|', 1)))} |\n" for its in sorted(_recorded(xml, "fault"))]
+    return PAGE.format(
+        kills=ways.total(),
+        stages=kills(xml),
+        ways=", ".join(f"{way} {count}" for way, count in sorted(ways.items())),
+        faults="".join(faults),
+        mistakes=len(told.splitlines()) - 2,
+        messages=told,
+    )
 
 
 def kills(xml: Path) -> str:
@@ -67,7 +74,7 @@ def kills(xml: Path) -> str:
 def messages(xml: Path) -> str:
     """A Markdown table, sorted, of what was wrong and what is said of it."""
     rows = set()
-    for its in _properties(xml):
+    for its in map(dict, _passed(xml)):
         if "message" in its:
             rows.add(tuple(_cell(its[name]) for name in ("kind", "wrong", "message")))
     lines = ["| kind | what was wrong | what is said |", "|---|---|---|"]
@@ -76,10 +83,6 @@ def messages(xml: Path) -> str:
 
 def _recorded(xml: Path, name: str) -> list[str]:
     return [value for case in _passed(xml) for held, value in case if held == name]
-
-
-def _properties(xml: Path) -> Iterator[dict[str, str]]:
-    yield from map(dict, _passed(xml))
 
 
 def _passed(xml: Path) -> Iterator[list[tuple[str, str]]]:
