@@ -143,7 +143,7 @@ def _papermill(path: Path, output: Path, parameters: dict[str, Any], root: Path,
                 record_timing=False,
                 coalesce_streams=True,
                 # Sockets in the file system: no port that another user of the machine could read.
-                config=Config({"KernelManager": {"transport": "ipc"}}),
+                config=Config({"KernelManager": {"transport": "ipc", "ip": str(Path(folder, "kernel"))}}),
             )
         except papermill.PapermillExecutionError as error:
             what = error.evalue if error.ename == "StudyError" else f"{error.ename}: {error.evalue}"
