@@ -575,6 +575,11 @@ finally:
         assert f" {command} " in told
 
 
+def test_a_stage_waits_for_neither_torch_nor_pandas_before_its_kernel_does():
+    code = "import sys, utilized_rank.stages.notebooks; print(sorted({'torch', 'pandas'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, check=True).stdout == "[]\n"
+
+
 # Refusals
 
 

@@ -41,6 +41,12 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def tree_hash(paths: list[Path], root: Path) -> str:
+    """SHA-256 over the names (relative to ``root``) and contents of files, in sorted order."""
+    lines = [f"{path.relative_to(root).as_posix()} {file_hash(path)}" for path in sorted(paths)]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
     """Give a temporary path beside ``path``; move it there, on the disk, when the block ends well, else drop it."""

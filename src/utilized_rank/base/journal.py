@@ -13,13 +13,13 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from .files import Damaged, read_json, read_tensors, write_json, write_tensors
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 FOLDER = "UTILIZED_RANK_JOURNAL"
 """The environment variable that names the folder of a stage's journal."""
@@ -28,7 +28,7 @@ EVERY, SHARE = 30.0, 0.01
 WHERE = "where.json"
 """In the folder of a journal: how far it had come, for people."""
 
-Entry = tuple[dict[str, Tensor], dict[str, Any]]
+Entry = tuple["dict[str, Tensor]", dict[str, Any]]
 """Tensors, and what else is known, as JSON."""
 
 
@@ -106,21 +106,29 @@ NOTHING_KEPT = Journal()
 
 
 def _path(folder: Path, name: str) -> Path:
-    return folder / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.safetensors"
+    return folder / f"{_hashed(name)}.safetensors"
+
+
+def _hashed(name: str) -> str:
+    return hashlib.sha256(name.encode()).hexdigest()[:16]
 
 
 def current() -> Journal:
-    """The journal of the stage that runs."""
+    """The journal of the stage that runs, on the device where it runs."""
+    from .runtime import device, device_name
+
     folder = os.environ.get(FOLDER)
-    return Journal(Path(folder) if folder else None)
+    return Journal(Path(folder, _hashed(device_name(device()))) if folder else None)
 
 
 def where(folder: Path) -> str | None:
     """How far the execution had come whose journal lies in ``folder``; None where there is none."""
-    try:
-        return str(read_json(folder / WHERE))
-    except (OSError, ValueError):
-        return None
+    for path in folder.rglob(WHERE):
+        try:
+            return str(read_json(path))
+        except (OSError, ValueError):
+            pass
+    return None
 
 
 class Answers:
@@ -151,6 +159,9 @@ class Answers:
 
 def random_state(generator: torch.Generator) -> dict[str, Tensor]:
     """The states of all random numbers, as tensors."""
+    import numpy as np
+    import torch
+
     version, numbers, gauss = random.getstate()
     legacy = np.random.get_state(legacy=False)  # noqa: NPY002  (libraries draw from it)
     state = {
@@ -170,6 +181,9 @@ def random_state(generator: torch.Generator) -> dict[str, Tensor]:
 
 def restore_random_state(state: dict[str, Tensor], generator: torch.Generator) -> None:
     """Go on with the random numbers of :func:`random_state`."""
+    import numpy as np
+    import torch
+
     version, *numbers = state["random.python"].tolist()
     random.setstate((version, tuple(numbers), next(iter(state["random.gauss"].tolist()), None)))
     pos, has_gauss, gauss = state["random.numpy_rest"].tolist()

@@ -13,15 +13,17 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
-from ..base.runtime import device, device_name
+from ..base.files import tree_hash
 from ..base.store import Store
 from ..study.config import Study
-from ..study.provenance import tree_hash
 from .layout import PIPELINE
 
 
 def fingerprint(study: Study, store: Store, stage: str, key: str | None) -> str:
-    """Of the dependencies and parameters that ``dvc.yaml`` names, and of where it runs: hexadecimal."""
+    """Of the dependencies and parameters that ``dvc.yaml`` names, and of versions and threads: hexadecimal.
+
+    On which device it runs, the stage itself finds out.
+    """
     load = YAML(typ="safe").load
     parameters = load((store.root / study.params).read_text())
     declared = load((store.root / PIPELINE).read_text())["stages"][stage]
@@ -33,13 +35,11 @@ def fingerprint(study: Study, store: Store, stage: str, key: str | None) -> str:
         return re.sub(r"\$\{([\w.]+)\}", lambda match: str(_value(names, match[1])), text)
 
     asked = [filled(name) for file in declared.get("params", []) for name in next(iter(file.values()))]
-    where = device()
     found = {
         "files": {name: _hash(store.root / name) for name in map(filled, declared["deps"])},
         "parameters": {name: _value(parameters, name) for name in asked},
         "python": platform.python_version(),
         "torch": version("torch"),
-        "device": device_name(where),
         "threads": [study.threads, os.environ.get("OMP_NUM_THREADS")],
     }
     return hashlib.sha256(json.dumps(found, sort_keys=True, default=str).encode()).hexdigest()

@@ -11,19 +11,13 @@ from typing import Any
 
 import torch
 
-from ..base.files import file_hash
+from ..base.files import tree_hash
 from ..base.runtime import device as runtime_device
 from ..base.runtime import device_name, processor
 from ..networks.precision import resolved
 from .config import Study
 
 PACKAGES = ("torch", "torchvision", "timm", "lightly", "numpy", "scipy", "scikit-learn", "dvc", "papermill")
-
-
-def tree_hash(paths: list[Path], root: Path) -> str:
-    """SHA-256 over the names (relative to ``root``) and contents of files, in sorted order."""
-    lines = [f"{path.relative_to(root).as_posix()} {file_hash(path)}" for path in sorted(paths)]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def parameter_hash(study: Study) -> str:
