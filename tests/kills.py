@@ -79,8 +79,9 @@ def killed(project: Path, stage: str, kills: int, draw: random.Random) -> list[K
 
 
 def everything(project: Path) -> dict[str, str]:
-    """Hashes of all that a study has, and what else lies in the project's root."""
-    return hashes(project, "reports/tiny", "data/tiny") | {path.name: "" for path in project.iterdir()}
+    """Hashes of all that a study has (but the notebooks of failures), and what else lies in the project's root."""
+    found = {name: its for name, its in hashes(project, "reports/tiny", "data/tiny").items() if ".partial." not in name}
+    return found | {path.name: "" for path in project.iterdir()}
 
 
 def _same(before: dict[str, str], after: dict[str, str]) -> None:

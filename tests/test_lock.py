@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 import pytest
+from dvc.schema import COMPILED_LOCKFILE_SCHEMA
 from ruamel.yaml import YAML
 from running import command, started
 
@@ -22,7 +23,7 @@ stages:
     cmd: utilized-rank stage train vgg11
     outs:
     - path: data/b
-      md5: 22
+      md5: 22ab
 """
 
 
@@ -43,6 +44,7 @@ def test_cut_anywhere_it_is_one_that_dvc_reads_and_no_whole_entry_is_lost(tmp_pa
         assert kept < WHOLE.index("  train")
         return
     lock = YAML(typ="safe").load(path.read_text())
+    COMPILED_LOCKFILE_SCHEMA(lock)
     assert set(lock["stages"]) <= {"check", "train@vgg11"}
     assert all("cmd" in entry for entry in lock["stages"].values())
     if kept >= WHOLE.index("  train"):

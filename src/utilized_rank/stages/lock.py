@@ -23,9 +23,13 @@ def mend(home: Path) -> str | None:
         What was done, for people; None where the lock is whole, or there is none.
     """
     path = home / LOCK
-    if not path.is_file() or _is_whole(text := path.read_bytes().decode(errors="replace")):
+    if not path.is_file():
         return None
-    head, *entries = re.split(r"(?m)^(?=  \S)", text)
+    text = path.read_bytes().decode(errors="replace")
+    lines = text[: text.rfind("\n") + 1]
+    if lines == text and _is_whole(text):
+        return None
+    head, *entries = re.split(r"(?m)^(?=  \S)", lines)
     whole = [entry for entry in entries if _is_whole(head + entry)]
     if whole:
         write_text(path, head + "".join(whole))
@@ -35,9 +39,12 @@ def mend(home: Path) -> str | None:
 
 
 def _is_whole(text: str) -> bool:
+    """Whether DVC would read it."""
+    from dvc.schema import COMPILED_LOCKFILE_SCHEMA
+    from voluptuous import Invalid
+
     try:
-        lock = YAML(typ="safe").load(text)
-    except YAMLError:
+        lock = COMPILED_LOCKFILE_SCHEMA(YAML(typ="safe").load(text))
+    except (YAMLError, Invalid):
         return False
-    stages = lock.get("stages") if isinstance(lock, dict) else None
-    return isinstance(stages, dict) and all(isinstance(its, dict) and "cmd" in its for its in stages.values())
+    return bool(lock.get("stages"))

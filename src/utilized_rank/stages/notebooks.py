@@ -146,7 +146,7 @@ def _papermill(path: Path, output: Path, parameters: dict[str, Any], root: Path,
                 config=Config({"KernelManager": {"transport": "ipc", "ip": str(Path(folder, "kernel"))}}),
             )
         except papermill.PapermillExecutionError as error:
-            what = error.evalue if error.ename == "StudyError" else f"{error.ename}: {error.evalue}"
+            what = error.evalue if error.ename in ("StudyError", "Damaged") else f"{error.ename}: {error.evalue}"
             where = output.relative_to(root)
             raise StudyError(f"{path.stem} failed: {what}\nThe notebook up to there is {where}") from None
 
