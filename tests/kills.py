@@ -48,7 +48,7 @@ class Kill:
 
 def eager(project: Path) -> dict[str, str]:
     """The environment of commands whose stages write their journals at every chance."""
-    folder = project / ".eager"
+    folder = project.parent / "eager"
     folder.mkdir(exist_ok=True)
     (folder / "sitecustomize.py").write_text(EAGER)
     known = environment()

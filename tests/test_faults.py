@@ -59,7 +59,7 @@ def own(tiny_project, tmp_path) -> Path:
 def test_a_lock_that_was_being_written_is_mended_and_no_stage_runs_again(own, record_property):
     before, lock = everything(own), own / "dvc.lock"
     text = lock.read_text()
-    lock.write_text(text[: 2 * len(text) // 3])
+    lock.write_text(text[: text.index("md5:", len(text) // 2) + 2])
     said = command(own, "utilized-rank", "check")
     assert "dvc.lock was cut short" in said
     # DVC remembers what it has run.

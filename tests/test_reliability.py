@@ -41,7 +41,7 @@ def test_kills_are_counted_by_stage_and_by_how_it_went_on(tmp_path):
     xml = found(tmp_path, *killed, SEED, case(fault="a file cut short|it is damaged"))
     assert reliability.kills(xml).splitlines()[2:] == ["| train of a | 2 | 1 | 1 | 0 |", "| report | 1 | 0 | 0 | 1 |"]
     page = reliability.report(xml)
-    assert "**3 kills" in page
+    assert "**2 kills" in page
     assert "kill dvc 2, kill the kernel 1" in page
     assert "| a file cut short | it is damaged |" in page
     assert "1 wrong inputs" in page
