@@ -42,6 +42,6 @@ def test_kills_are_counted_by_stage_and_by_how_it_went_on(tmp_path):
     assert reliability.kills(xml).splitlines()[2:] == ["| train of a | 2 | 1 | 1 | 0 |", "| report | 1 | 0 | 0 | 1 |"]
     page = reliability.report(xml)
     assert "**2 kills" in page
-    assert "kill dvc 2, kill the kernel 1" in page
+    assert "kill dvc 1, kill the kernel 1" in page
     assert "| a file cut short | it is damaged |" in page
     assert "1 wrong inputs" in page
