@@ -14,6 +14,7 @@ import tarfile
 import urllib.request
 import zipfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from html.parser import HTMLParser
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from io import BytesIO
@@ -423,6 +424,11 @@ def test_outputs_of_a_notebook_that_are_text_stay_text(tmp_path):
 
 @pytest.mark.browser
 def test_no_script_of_a_notebooks_output_runs(tmp_path):
+    with ThreadPoolExecutor() as pool:  # another test of this process may have a browser open
+        pool.submit(_no_script_runs, tmp_path).result()
+
+
+def _no_script_runs(tmp_path):
     program = shutil.which("chromium")
     if program is None:
         pytest.skip("no Chromium: apt install chromium")
