@@ -2,9 +2,11 @@
 
 import copy
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from itertools import cycle, product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -79,6 +81,20 @@ PARAMETERS = {
 def parameters() -> dict:
     """The content of a valid params.yaml, to be changed at will."""
     return copy.deepcopy(PARAMETERS)
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """Chromium, headless: one for all, as a process has room for one of playwright's loops."""
+    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if program is None:
+        pytest.skip("no Chromium: apt install chromium")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        yield browser
+        browser.close()
 
 
 @pytest.fixture(autouse=True)

@@ -2,7 +2,6 @@
 
 import copy
 import re
-import shutil
 from contextlib import contextmanager
 
 import matplotlib as mpl
@@ -13,24 +12,10 @@ from written import index, reports
 from utilized_rank.report import pages
 from utilized_rank.report.figures import style
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt install chromium"),
-]
+pytestmark = pytest.mark.browser
 LAYERS, TOLERANCES, NETWORKS = 7, 2, 5
 STUDY, OVERVIEW = "toy/index.html", "index.html"
 BOTH = pytest.mark.parametrize("page", [STUDY, OVERVIEW], ids=["study", "overview"])
-
-
-@pytest.fixture(scope="session")
-def browser():
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")

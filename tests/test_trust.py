@@ -5,7 +5,6 @@ import json
 import os
 import pickle
 import re
-import shutil
 import socket
 import struct
 import subprocess
@@ -14,7 +13,6 @@ import tarfile
 import urllib.request
 import zipfile
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from html.parser import HTMLParser
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from io import BytesIO
@@ -423,30 +421,18 @@ def test_outputs_of_a_notebook_that_are_text_stay_text(tmp_path):
 
 
 @pytest.mark.browser
-def test_no_script_of_a_notebooks_output_runs(tmp_path):
-    with ThreadPoolExecutor() as pool:  # another test of this process may have a browser open
-        pool.submit(_no_script_runs, tmp_path).result()
-
-
-def _no_script_runs(tmp_path):
-    program = shutil.which("chromium")
-    if program is None:
-        pytest.skip("no Chromium: apt install chromium")
-    from playwright.sync_api import sync_playwright
-
+def test_no_script_of_a_notebooks_output_runs(browser, tmp_path):
     notebook(tmp_path / "a.ipynb")
     page = pages.notebook_page(tmp_path / "a.ipynb", "Title")
     (tmp_path / "a.html").write_text(page)
     (tmp_path / "open.html").write_text(re.sub(r"<meta [^>]*Content-Security-Policy[^>]*>", "", page))
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
-        opened, titles = browser.new_page(), []
-        for name in ("a.html", "open.html"):
-            opened.goto((tmp_path / name).as_uri())
-            assert opened.text_content("#last") == "last"
-            titles.append(opened.title())
-        assert opened.evaluate("getComputedStyle(document.body).fontFamily") != ""
-        browser.close()
+    opened, titles = browser.new_page(), []
+    for name in ("a.html", "open.html"):
+        opened.goto((tmp_path / name).as_uri())
+        assert opened.text_content("#last") == "last"
+        titles.append(opened.title())
+    assert opened.evaluate("getComputedStyle(document.body).fontFamily") != ""
+    opened.close()
     assert titles == ["Title", "ran"]  # without its policy it would
 
 

@@ -222,10 +222,11 @@ def verify(study: Study, store: Store, against: str = "HEAD") -> Verified:
     data = [store.data("prepare", "dataset.safetensors"), store.data("prepare", "splits.json")]
     other = [*_differences(record, provenance(study, data, store.root))]
     images = _fewest_images(before)
+    committed = {path: _values(path.removeprefix(f"{home}/"), text) for path, text in before.items()}
     rows, beyond = [], []
     for path in made:
-        name = path.removeprefix(f"{home}/")
-        was, now = _values(name, before[path]), _values(name, (store.root / path).read_text(errors="replace"))
+        name, was = path.removeprefix(f"{home}/"), committed[path]
+        now = _values(name, (store.root / path).read_text(errors="replace"))
         for place in was | now:
             row = _compared(was.get(place), now.get(place), images if other else None)
             rows.append(row)
@@ -235,7 +236,7 @@ def verify(study: Study, store: Store, against: str = "HEAD") -> Verified:
     return Verified(
         of=f"{study.name} in {against}",
         stages=sorted({_stage(path) for path in made}),
-        values=sum(len(_values(path, text)) for path, text in before.items()),
+        values=sum(map(len, committed.values())),
         table=_by_quantity(pd.DataFrame(rows)),
         beyond=beyond,
         other=other,

@@ -22,7 +22,6 @@ from ..base.store import Store
 from ..study.config import Study
 from . import watch
 from .fingerprint import fingerprint
-from .watch import end_with_dvc
 
 STAGES: dict[str, tuple[str, str] | None] = {
     "prepare": None,
@@ -96,7 +95,7 @@ def execute(study: Study, store: Store, stage: str, key: str | None) -> None:
     partial.parent.mkdir(parents=True, exist_ok=True)
     takes = STAGES[stage]
     began = time.perf_counter()
-    end_with_dvc()
+    watch.end_with_dvc()
     folder = store.data(JOURNALS, name, fingerprint(study, store, stage, key)[:16])
     for other in folder.parent.glob("*"):
         if other != folder:
