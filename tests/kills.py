@@ -69,7 +69,7 @@ def killed(project: Path, stage: str, kills: int, draw: random.Random) -> list[K
     _same(before, everything(project))
     done: list[Kill] = []
     for _ in range(kills):
-        way, after = draw.choice(WAYS), draw.uniform(0.2, 1.0) * whole
+        way, after = draw.choice(WAYS), draw.uniform(0.2, 0.9) * whole
         output, ended = kill(project, again, env, way, after)
         _note(done, output)
         done.append(Kill(stage, way, after, ended))
