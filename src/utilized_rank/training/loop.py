@@ -22,11 +22,10 @@ from ..datasets.sections import Augmentation
 from ..networks.batches import Batches
 from ..networks.evaluation import BATCH, features, is_correct
 from ..networks.precision import Precision, autocast
+from . import team
 from .models import classifier
 from .sections import Finetune, Recipe
-
-Loss = Callable[[Tensor, Tensor], Tensor]
-"""From a batch of training images as they are kept, and their labels, int64 (B,), to its mean loss, a scalar."""
+from .team import Loss
 
 
 def fit(
@@ -41,7 +40,7 @@ def fit(
     modules: Iterable[nn.Module] = (),
     journal: Journal = NOTHING_KEPT,
 ) -> pd.DataFrame:
-    """Minimise ``loss`` over ``parameters``.
+    """Minimise ``loss`` over ``parameters``, in this process or in all of its :mod:`team`.
 
     Args:
         parameters: what is trained.
@@ -59,6 +58,7 @@ def fit(
 
     Raises:
         FloatingPointError: the loss is no longer finite; names the epoch.
+        StudyError: a batch has no equal parts for all processes.
     """
     parameters = [p for p in parameters if p.requires_grad]
     device = parameters[0].device
@@ -77,9 +77,11 @@ def fit(
         first, step, rate = known["epoch"], known["step"], known["rate"]
         curve = [dict(row) for row in known["curve"]]
         order, sums = tensors["order"], tensors["sums"].to(device)
+    team.set_apart(generator)
+    loss = team.in_step(loss, whole)
 
     def put(epoch: int, where: str) -> None:
-        if not journal.keeps:
+        if not journal.keeps or team.rank():
             return
         tensors, known = _state(whole, optimizer, schedule, generator)
         # In pairs: JSON's keys have no order, the columns of a curve do.
@@ -88,9 +90,9 @@ def fit(
 
     for epoch in tqdm(range(first, recipe.epochs + 1), title, recipe.epochs, initial=first - 1, unit="epoch"):
         if step == 0:
-            order = torch.randperm(len(split), generator=generator)[: steps * batch_size]
+            order = team.agreed(torch.randperm(len(split), generator=generator)[: steps * batch_size])
             sums, rate = torch.zeros_like(sums), optimizer.param_groups[0]["lr"]
-        for images, labels in split.batches(order.split(batch_size)[step:]):
+        for images, labels in split.batches(team.parts(order.split(batch_size)[step:], batch_size)):
             with autocast(precision, device.type):
                 value = loss(images, labels)
             optimizer.zero_grad(set_to_none=True)
@@ -102,7 +104,7 @@ def fit(
             step += 1
             if journal.due:
                 put(epoch, f"epoch {epoch} of {recipe.epochs}, step {step} of {steps}")
-        total = sums.item()  # once an epoch: a device is waited for
+        total = team.mean(sums).item()  # once an epoch: a device is waited for
         if not math.isfinite(total):
             raise FloatingPointError(f"{title}: the loss is not finite in epoch {epoch}; try a smaller lr")
         curve.append({"epoch": epoch, "lr": rate, "loss": total / steps, **after_epoch()})

@@ -94,7 +94,7 @@ def pretrain_simclr(
     """Train ``network`` to give two augmentations of one image like features, without labels; returns the curve."""
     head = classifier(network)
     projection = SimCLRProjectionHead(head.in_features, head.in_features, recipe.projection_dim).to(head.weight.device)
-    encoder, contrast = Encoder(network), NTXentLoss(recipe.temperature)
+    encoder, contrast = Encoder(network), NTXentLoss(recipe.temperature, gather_distributed=True)
 
     def view(images: Tensor) -> Tensor:
         return dataset.augmented(images, recipe.augmentation, generator)
