@@ -19,7 +19,17 @@ from utilized_rank.ranks.curvature import curvature
 from utilized_rank.ranks.layers import Layer, countable
 from utilized_rank.ranks.measure import Unpredictable, measure
 from utilized_rank.ranks.moments import input_moments
-from utilized_rank.ranks.prediction import LEAST, START, Guide, Prediction, crossing, fitted, guide, handful, predicts
+from utilized_rank.ranks.prediction import (
+    LEAST,
+    START,
+    Guide,
+    Prediction,
+    crossing,
+    fitted,
+    handful,
+    predictable,
+    predicts,
+)
 from utilized_rank.ranks.projection import bases, projected
 from utilized_rank.report.figures import layers
 
@@ -89,17 +99,15 @@ def test_by_hand():
 
 def test_a_guide_moves_halfway_to_a_verdict_that_it_got_wrong_and_stays_at_one_that_it_got_right():
     layer, both, curvatures = identity()
-    its = Guide(curvatures)
-    assert its.knows(layer)
-    assert not Guide({}).knows(layer)
-    its.learn(layer, *both, 3, 2, 0.5, False)  # 1/6 fails, as expected
-    its.learn(layer, *both, 3, 3, 0.5, True)
+    its = Guide(Prediction(layer, *both, curvatures["layer"]))
+    its.learn(3, 2, 0.5, False)  # 1/6 fails, as expected
+    its.learn(3, 3, 0.5, True)
     assert its.threshold(0.5) == START
-    its.learn(layer, *both, 3, 1, 0.5, True)
+    its.learn(3, 1, 0.5, True)
     assert its.threshold(0.5) == pytest.approx(math.sqrt(START * 5 / 6))
     assert its.threshold(1.0) == START  # each tolerance has its own
-    assert not its.predicted(layer, *both, 3, 2, 0.5)
-    its.learn(layer, *both, 3, 3, 1.0, False)  # nothing is lost, and it fails: as of the least there is
+    assert not its.predicted(3, 2, 0.5)
+    its.learn(3, 3, 1.0, False)  # nothing is lost, and it fails: as of the least there is
     assert its.threshold(1.0) == pytest.approx(math.sqrt(START * LEAST))
 
 
@@ -119,7 +127,7 @@ def test_a_network_without_a_gradient_or_without_logits_is_not_guided(make, imag
 
     for network in (Opaque(), Number()):
         layers = countable(network).layers
-        assert not any(map(guide(network, layers, images, 32).knows, layers))
+        assert predictable(network, layers, images, 32) == {}
     assert predicts(make("residual"), images)
     assert not predicts(Number(), images)
 
