@@ -4,6 +4,7 @@ import copy
 import math
 from itertools import pairwise
 
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given
@@ -17,7 +18,7 @@ from utilized_rank.api.given import InputError
 from utilized_rank.networks.evaluation import Labelled
 from utilized_rank.ranks.curvature import curvature
 from utilized_rank.ranks.layers import Layer, countable
-from utilized_rank.ranks.measure import Unpredictable, measure
+from utilized_rank.ranks.measure import Measurement, Unpredictable, measure
 from utilized_rank.ranks.moments import input_moments
 from utilized_rank.ranks.prediction import (
     LEAST,
@@ -199,6 +200,25 @@ def test_predicted_ranks_are_near_the_certified_ones_and_said_to_be_predicted(di
     assert (predicted.layers.r <= predicted.layers.r_high).all()
     for epsilon, mlu in found.mean_layer_utilization().items():
         assert predicted.mean_layer_utilization()[epsilon] == pytest.approx(mlu, abs=0.06)
+
+
+@pytest.mark.parametrize("start", [1e-5, 1.0])
+def test_where_the_first_layers_begin_is_nothing_to_the_others(digits, monkeypatch, start):
+    """Those begin where the ranks of the first say, however many questions it took to find them."""
+    network, images, labels = digits
+    search = Labelled(images, labels)
+    usual = measure(network, search, images, [1.0, 3.0], precision="float32")
+    monkeypatch.setattr("utilized_rank.ranks.prediction.START", start)
+    other = measure(network, search, images, [1.0, 3.0], precision="float32")
+    pd.testing.assert_frame_equal(usual.layers, other.layers)
+    first = [layer.name for layer in handful(countable(network).layers)]
+
+    def asked(found: Measurement, of_the_first: bool) -> list[tuple]:
+        some = found.evaluations[found.evaluations.layer.isin(first) == of_the_first]
+        return list(some.drop(columns="seconds").itertuples(index=False))
+
+    assert asked(usual, False) == asked(other, False)
+    assert asked(usual, True) != asked(other, True)
 
 
 def test_a_score_without_labels_is_predicted_too(digits):

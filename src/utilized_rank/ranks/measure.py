@@ -118,34 +118,34 @@ def measure(
         flows = _reached(flows, curvatures)
     layers = {layer.name: layer for layer in flows.layers}
     work = each(Search, Asked(network, flows.layers, score, tuple(epsilons), criterion, precision, memory, recall))
-    found: dict[str, Found] = {}
+    left_out, found, table = dict(flows.left_out), dict[str, Found](), list[Row]()
     thresholds: dict[float, Fitted] = {}
 
-    def searched(some: list[Layer], title: str) -> Iterator[tuple[Layer, Found]]:
+    def done(rows: list[Row]) -> None:
+        table.extend(rows)
+        on_layer(rows)
+
+    def search(some: list[Layer], title: str) -> None:
+        starts = {epsilon: its.threshold for epsilon, its in thresholds.items()}
         # For a trial all that comes after a layer is run: the first ones take longest, and begin first.
-        known = {x.name: Known(x.name, flows.moments[x.name], curvatures.get(x.name)) for x in some}
+        known = {x.name: Known(x.name, flows.moments[x.name], curvatures.get(x.name), starts) for x in some}
         for name, its in work(known, title, "layer"):
             found[name] = its
             _remember(recall, its)
-            yield layers[name], its
+            if certifies:
+                done([row(layers[name], ranks, epsilon=epsilon) for epsilon, ranks in its.ranks.items()])
 
-    def certified() -> Iterator[list[Row]]:
-        for layer, its in searched(flows.layers, "rank search"):
-            yield [row(layer, ranks, epsilon=epsilon) for epsilon, ranks in its.ranks.items()]
-
-    def predicted() -> Iterator[list[Row]]:
-        some = list(searched(handful(flows.layers), "threshold"))
-        thresholds.update(_fitted(some, epsilons))
-        known = {layer.name: its.prediction for layer, its in some}
-        for layer in tqdm(flows.layers, desc="prediction", unit="layer"):
-            prediction = known.get(layer.name) or _prediction(layer, flows, curvatures)
-            yield [_predicted(layer, prediction, its, epsilon) for epsilon, its in thresholds.items()]
-
-    left_out, table = dict(flows.left_out), list[Row]()
     with interruptible(flows.layers, table, left_out, partial):
-        for its in certified() if certifies else predicted():
-            table += its
-            on_layer(its)
+        few = handful(flows.layers)
+        search(few, "rank search of a few layers")
+        thresholds = _fitted([(layer, found[layer.name]) for layer in few], epsilons)
+        if certifies:
+            search([layer for layer in flows.layers if layer not in few], "rank search")
+        else:
+            for layer in tqdm(flows.layers, desc="prediction", unit="layer"):
+                known = found[layer.name].prediction if layer in few else None
+                prediction = known or _prediction(layer, flows, curvatures)
+                done([_predicted(layer, prediction, its, epsilon) for epsilon, its in thresholds.items()])
     places = {name: place for place, name in enumerate(layers)}
     evaluations = [evaluation for name in layers if name in found for evaluation in found[name].evaluations]
     return Measurement(
@@ -157,7 +157,7 @@ def measure(
         flows.moments,
         next(iter(found.values())).score,
         len(score) if isinstance(score, Labelled) else None,
-        {epsilon: its.threshold for epsilon, its in thresholds.items()},
+        {} if certifies else {epsilon: its.threshold for epsilon, its in thresholds.items()},
     )
 
 
@@ -187,6 +187,8 @@ class Known:
     moments: Moments
     curvature: Tensor | None
     """None where there is no prediction."""
+    thresholds: dict[float, float]
+    """By tolerance, the divergence in nats at which its boundaries are expected; none of the first layers."""
 
 
 @dataclass(frozen=True)
@@ -196,7 +198,7 @@ class Found:
     ranks: dict[float, Ranks]
     """At each tolerance."""
     prediction: Prediction | None
-    """Where ranks are to be predicted."""
+    """Of one of the first layers, for thresholds to be fitted to; None of the others."""
     evaluations: list[Evaluation]
     """In order."""
     answers: list[tuple[Any, Any]]
@@ -206,10 +208,7 @@ class Found:
 
 
 class Search:
-    """Searches layers of a network, each as if it were the only one: their order changes nothing.
-
-    What is the same for all of them is computed once.
-    """
+    """Searches layers of a network, each as if it were the only one: their order changes nothing."""
 
     def __init__(self, asked: Asked) -> None:
         self._asked = asked
@@ -233,11 +232,11 @@ class Search:
         # No rank beyond min(m, n) is tried, but an energy threshold is a part of all eigenvalues.
         s, t = bases(layer, known.moments, None if criterion == "energy" else layer.width)
         prediction = None if known.curvature is None else Prediction(layer, s, t, known.curvature)
-        guide = None if prediction is None else Guide(prediction)
+        guide = None if prediction is None else Guide(prediction, known.thresholds)
         asked = criterion if self._certifies else "rank"
         ranks = {e: layer_ranks(layer, s, t, self._verdicts, e, asked, guide) for e in self._asked.epsilons}
-        kept = None if self._certifies else prediction
-        return Found(ranks, kept, self._verdicts.evaluations, self._answers, self._verdicts.score)
+        first = None if known.thresholds else prediction
+        return Found(ranks, first, self._verdicts.evaluations, self._answers, self._verdicts.score)
 
 
 def _remember(recall: Recall, found: Found) -> None:
@@ -268,9 +267,10 @@ def _reached(flows: Flows, curvatures: Curvature) -> Flows:
 
 
 def _fitted(found: list[tuple[Layer, Found]], epsilons: Sequence[float]) -> dict[float, Fitted]:
-    """The threshold of each tolerance, from what was found of a handful of layers."""
-    curves = [partial(_utilization, layer, its.prediction) for layer, its in found if its.prediction is not None]
-    return {e: fitted(curves, [its.ranks[e].r / layer.width for layer, its in found]) for e in epsilons}
+    """The threshold of each tolerance, from what was found of some layers; nothing where none has a prediction."""
+    some = [(layer, its.ranks, its.prediction) for layer, its in found if its.prediction is not None]
+    curves = [partial(_utilization, layer, prediction) for layer, _, prediction in some]
+    return {e: fitted(curves, [ranks[e].r / layer.width for layer, ranks, _ in some]) for e in epsilons if some}
 
 
 def _utilization(layer: Layer, prediction: Prediction, threshold: float) -> float:

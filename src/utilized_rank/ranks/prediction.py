@@ -2,7 +2,7 @@
 
 The divergence is predicted as tr(D^T C_S D G) / 2 nats, D = W - P_S W P_T and C_S uncentred (no bias is corrected). Of
 k_S and k_T it is known in closed form, without an image. Which divergence a tolerance of accuracy stands for is not:
-a threshold is learnt from the boundaries that were certified.
+a threshold is fitted to the ranks of a few layers. What the others are asked depends on those alone, in any order.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ by their predictions, can miss that one."""
 WIDEST = 8192
 """No curvature is taken of more outputs, whose matrix would not fit into memory: such a layer is searched plainly."""
 START, LEAST = 0.01, 1e-6
-"""Nats that are expected to be tolerated before any verdict is known (only the time of the first search follows), and
+"""Nats that are expected to be tolerated before any verdict is known (only the time of the first searches follows), and
 the least that are told apart."""
 
 
@@ -85,12 +85,14 @@ def _from_zero(values: Tensor, dimension: int) -> Tensor:
 class Guide:
     """Where the search of one layer begins: as its curvature says, and the verdicts on it so far.
 
-    It learns from no other layer: what is asked of one would depend on the order of all.
+    Args:
+        prediction: of the layer.
+        thresholds: to begin with, by tolerance; :data:`START` where there is none.
     """
 
-    def __init__(self, prediction: Prediction) -> None:
+    def __init__(self, prediction: Prediction, thresholds: dict[float, float] | None = None) -> None:
         self._prediction = prediction
-        self._thresholds: dict[float, float] = {}
+        self._thresholds = dict(thresholds or {})
 
     def threshold(self, epsilon: float) -> float:
         """The predicted divergence, in nats, up to which a verdict at this tolerance is expected to pass."""
