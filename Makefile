@@ -9,7 +9,7 @@ BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export DVC_NO_ANALYTICS := 1
 
-.PHONY: repro verify test test-faults test-large test-networks test-gpu test-oldest bench language-model docs lint lock sbom audit dist clean
+.PHONY: repro verify test test-faults test-large test-networks test-gpu test-cluster test-oldest bench language-model docs lint lock sbom audit dist clean
 repro: .venv/ready
 	$(if $(STUDY),$(BIN)/utilized-rank study $(STUDY))
 	$(BIN)/utilized-rank check $(if $(STUDY),--study $(STUDY))
@@ -39,6 +39,11 @@ test-networks: .venv/ready
 # What needs a GPU; torch, timm, pandas and pytest are enough: `python -m pytest --noconftest -m gpu tests/test_gpu.py`.
 test-gpu: .venv/ready
 	$(BIN)/pytest --noconftest -m gpu tests/test_gpu.py
+
+# Work on a Ray cluster of two nodes on this machine, one of which is killed: a few minutes. Ray is installed for it alone.
+test-cluster: .venv/ready
+	$(BIN)/pip install --quiet --no-build-isolation --editable '.[cluster]'
+	$(BIN)/pytest -m cluster tests/test_cluster.py
 
 # Kill every stage at random moments, fill a disk, damage files, ask for what cannot be: reports/reliability.md
 # (under half an hour on two cores).

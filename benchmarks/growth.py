@@ -17,7 +17,7 @@ from utilized_rank.networks.precision import autocast, resolved
 from utilized_rank.ranks.layers import countable
 from utilized_rank.ranks.measure import layer_ranks
 from utilized_rank.ranks.moments import input_moments
-from utilized_rank.ranks.prediction import guide
+from utilized_rank.ranks.prediction import Guide, Prediction, predictable
 from utilized_rank.ranks.projection import bases
 from utilized_rank.ranks.trials import Trials, evaluations_table
 from utilized_rank.report.figures import style
@@ -60,9 +60,10 @@ def one(setting: Setting, name: str, count: int, precision: str, memory: int) ->
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     before, began = _memory("VmRSS"), time.perf_counter()
     trials = Trials(network, Labelled(inputs, labels), memory, precision)
-    begins = guide(network, layers, inputs, 128)
+    curvatures = predictable(network, layers, inputs, 128)
     for layer in layers:
-        layer_ranks(layer, *subspaces[layer.name], trials, EPSILON, "rank", begins)
+        both = subspaces[layer.name]
+        layer_ranks(layer, *both, trials, EPSILON, "rank", Guide(Prediction(layer, *both, curvatures[layer.name])))
     seconds = time.perf_counter() - began
     return {
         "network": name,

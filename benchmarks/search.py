@@ -14,7 +14,7 @@ from utilized_rank.networks.precision import autocast, resolved
 from utilized_rank.ranks.layers import Layer, countable
 from utilized_rank.ranks.measure import layer_ranks
 from utilized_rank.ranks.moments import input_moments
-from utilized_rank.ranks.prediction import guide
+from utilized_rank.ranks.prediction import Guide, Prediction, predictable
 from utilized_rank.ranks.projection import bases
 from utilized_rank.ranks.rank_search import Ranks
 from utilized_rank.ranks.subspaces import Subspace
@@ -53,11 +53,13 @@ class Ours:
         self.layers = {layer.name: layer for layer in layers}
         inputs, labels = setting.search(images)
         self.trials = Trials(network, Labelled(inputs, labels), MEMORY, precision)
-        self.guide = guide(network, layers, inputs, BATCH) if predicts else None
+        self.curvatures = predictable(network, layers, inputs, BATCH) if predicts else {}
 
     def ranks(self, name: str, s: Subspace, t: Subspace) -> Ranks:
         """Of one layer."""
-        return layer_ranks(self.layers[name], s, t, self.trials, EPSILON, self.criterion, self.guide)
+        layer, g = self.layers[name], self.curvatures.get(name)
+        guide = None if g is None else Guide(Prediction(layer, s, t, g))
+        return layer_ranks(layer, s, t, self.trials, EPSILON, self.criterion, guide)
 
     @property
     def evaluations(self) -> int:

@@ -1,4 +1,7 @@
+import copy
 import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -6,11 +9,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from utilized_rank.base.journal import Answers, Journal
 from utilized_rank.base.sections import StudyError
 from utilized_rank.datasets.data import Dataset
 from utilized_rank.datasets.images import Split
-from utilized_rank.networks.evaluation import is_correct
+from utilized_rank.networks.each import Work, in_turn, ordered
+from utilized_rank.networks.evaluation import Labelled, is_correct
 from utilized_rank.networks.precision import autocast
+from utilized_rank.ranks import measure as library
 from utilized_rank.ranks import moments
 from utilized_rank.ranks.layers import countable
 from utilized_rank.ranks.measure import UNCALLED, Measurement
@@ -113,6 +119,63 @@ def test_layers_are_described_as_they_are(measured):
 def test_memory_and_batches_change_no_rank(measured, changes):
     usual, changed = measured("residual")[2], measured("residual", **changes)[2]
     pd.testing.assert_frame_equal(usual.layers, changed.layers)
+
+
+def elsewhere(make: Callable[[Any], Callable[[Any], Any]], shared: Any) -> Work[Any, Any]:
+    """From the last item to the first, each by a maker and with copies of its own, as on machines of their own."""
+
+    def work(items: Mapping[str, Any], title: str, unit: str) -> Iterator[tuple[str, Any]]:
+        for name in reversed(items):
+            yield name, make(copy.deepcopy(shared))(copy.deepcopy(items[name]))
+
+    return work
+
+
+@pytest.mark.parametrize("criterion", ["rank", "utilized", "energy", "predicted"])
+@pytest.mark.parametrize("name", ["residual", "vit"])
+def test_where_and_in_which_order_layers_are_searched_changes_no_answer_and_no_question(make, images, name, criterion):
+    network = make(name)
+    dataset = with_labels_of(network, images)
+    search = Labelled(dataset.inputs("search"), dataset.labels("search"))
+    here, there = (
+        library.measure(network, search, images, [0.0, 20.0], criterion=criterion, precision="float32", each=each)
+        for each in (in_turn, elsewhere)
+    )
+    pd.testing.assert_frame_equal(here.layers, there.layers)
+    asked, again = (its.evaluations.drop(columns="seconds") for its in (here, there))
+    pd.testing.assert_frame_equal(asked, again)
+    assert asked.layer.nunique() > 1
+    assert (here.score, here.precision, here.thresholds) == (there.score, there.precision, there.thresholds)
+
+
+def test_what_was_found_elsewhere_is_not_looked_for_again(make, images, tmp_path):
+    """Answers that came back from copies are kept in the journal of the one who asked."""
+    network = make("residual")
+    dataset = with_labels_of(network, images)
+    search = Labelled(dataset.inputs("search"), dataset.labels("search"))
+    kept = Journal(tmp_path)
+    first = library.measure(network, search, images, [20.0], recall=Answers(kept, "search"), each=elsewhere)
+
+    def refused(question: Any, work_out: Callable[[], Any]) -> Any:
+        return Answers(kept, "search")(question, lambda: pytest.fail(f"{question} was worked out again"))
+
+    again = library.measure(network, search, images, [20.0], recall=refused)
+    pd.testing.assert_frame_equal(first.layers, again.layers)
+    pd.testing.assert_frame_equal(first.evaluations, again.evaluations)
+
+
+def test_results_are_put_in_order_as_soon_as_they_can_be():
+    seen = []
+
+    def coming() -> Iterator[tuple[str, int]]:
+        for name, its in [("b", 2), ("a", 1), ("d", 4), ("c", 3)]:
+            seen.append(name)
+            yield name, its
+
+    results = ordered(coming(), "abcd")
+    assert (next(results), seen) == (1, ["b", "a"])
+    assert (next(results), seen) == (2, ["b", "a"])
+    assert list(results) == [3, 4]
 
 
 def test_every_rank_is_certified_by_an_evaluation_that_is_recorded(measured):

@@ -4,6 +4,7 @@ import copy
 import math
 from itertools import pairwise
 
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given
@@ -17,9 +18,19 @@ from utilized_rank.api.given import InputError
 from utilized_rank.networks.evaluation import Labelled
 from utilized_rank.ranks.curvature import curvature
 from utilized_rank.ranks.layers import Layer, countable
-from utilized_rank.ranks.measure import Unpredictable, measure
+from utilized_rank.ranks.measure import Measurement, Unpredictable, measure
 from utilized_rank.ranks.moments import input_moments
-from utilized_rank.ranks.prediction import LEAST, START, Guide, Prediction, crossing, fitted, guide, handful, predicts
+from utilized_rank.ranks.prediction import (
+    LEAST,
+    START,
+    Guide,
+    Prediction,
+    crossing,
+    fitted,
+    handful,
+    predictable,
+    predicts,
+)
 from utilized_rank.ranks.projection import bases, projected
 from utilized_rank.report.figures import layers
 
@@ -89,17 +100,15 @@ def test_by_hand():
 
 def test_a_guide_moves_halfway_to_a_verdict_that_it_got_wrong_and_stays_at_one_that_it_got_right():
     layer, both, curvatures = identity()
-    its = Guide(curvatures)
-    assert its.knows(layer)
-    assert not Guide({}).knows(layer)
-    its.learn(layer, *both, 3, 2, 0.5, False)  # 1/6 fails, as expected
-    its.learn(layer, *both, 3, 3, 0.5, True)
+    its = Guide(Prediction(layer, *both, curvatures["layer"]))
+    its.learn(3, 2, 0.5, False)  # 1/6 fails, as expected
+    its.learn(3, 3, 0.5, True)
     assert its.threshold(0.5) == START
-    its.learn(layer, *both, 3, 1, 0.5, True)
+    its.learn(3, 1, 0.5, True)
     assert its.threshold(0.5) == pytest.approx(math.sqrt(START * 5 / 6))
     assert its.threshold(1.0) == START  # each tolerance has its own
-    assert not its.predicted(layer, *both, 3, 2, 0.5)
-    its.learn(layer, *both, 3, 3, 1.0, False)  # nothing is lost, and it fails: as of the least there is
+    assert not its.predicted(3, 2, 0.5)
+    its.learn(3, 3, 1.0, False)  # nothing is lost, and it fails: as of the least there is
     assert its.threshold(1.0) == pytest.approx(math.sqrt(START * LEAST))
 
 
@@ -119,7 +128,7 @@ def test_a_network_without_a_gradient_or_without_logits_is_not_guided(make, imag
 
     for network in (Opaque(), Number()):
         layers = countable(network).layers
-        assert not any(map(guide(network, layers, images, 32).knows, layers))
+        assert predictable(network, layers, images, 32) == {}
     assert predicts(make("residual"), images)
     assert not predicts(Number(), images)
 
@@ -191,6 +200,25 @@ def test_predicted_ranks_are_near_the_certified_ones_and_said_to_be_predicted(di
     assert (predicted.layers.r <= predicted.layers.r_high).all()
     for epsilon, mlu in found.mean_layer_utilization().items():
         assert predicted.mean_layer_utilization()[epsilon] == pytest.approx(mlu, abs=0.06)
+
+
+@pytest.mark.parametrize("start", [1e-5, 1.0])
+def test_where_the_first_layers_begin_is_nothing_to_the_others(digits, monkeypatch, start):
+    """Those begin where the ranks of the first say, however many questions it took to find them."""
+    network, images, labels = digits
+    search = Labelled(images, labels)
+    usual = measure(network, search, images, [1.0, 3.0], precision="float32")
+    monkeypatch.setattr("utilized_rank.ranks.prediction.START", start)
+    other = measure(network, search, images, [1.0, 3.0], precision="float32")
+    pd.testing.assert_frame_equal(usual.layers, other.layers)
+    first = [layer.name for layer in handful(countable(network).layers)]
+
+    def asked(found: Measurement, of_the_first: bool) -> list[tuple]:
+        some = found.evaluations[found.evaluations.layer.isin(first) == of_the_first]
+        return list(some.drop(columns="seconds").itertuples(index=False))
+
+    assert asked(usual, False) == asked(other, False)
+    assert asked(usual, True) != asked(other, True)
 
 
 def test_a_score_without_labels_is_predicted_too(digits):

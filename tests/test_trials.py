@@ -13,7 +13,7 @@ from utilized_rank.networks.precision import autocast
 from utilized_rank.ranks.layers import Layer, countable
 from utilized_rank.ranks.measure import layer_ranks
 from utilized_rank.ranks.moments import input_moments
-from utilized_rank.ranks.prediction import START, guide
+from utilized_rank.ranks.prediction import START, Guide, Prediction, predictable
 from utilized_rank.ranks.projection import bases
 from utilized_rank.ranks.rank_search import search, search_utilized
 from utilized_rank.ranks.subspaces import Subspace
@@ -166,13 +166,12 @@ def test_a_guide_changes_no_rank_where_passing_is_monotone(points, start, criter
     monkeypatch.setattr("utilized_rank.ranks.prediction.START", start)
     plain = Plain(network, inputs, labels)
     ((layer, (s, t)),) = subspaces(network, inputs).items()
+    prediction = Prediction(layer, s, t, predictable(network, [layer], inputs, 32)[layer.name])
     for epsilon in (0.0, 5.0, 20.0):
         trials = [Trials(network, Labelled(inputs, labels), 64, batch_size=8) for _ in range(2)]
-        its = guide(network, [layer], inputs, 32)
-        assert its.knows(layer)
         unguided, guided = (
             layer_ranks(layer, s, t, of, epsilon, criterion, which)
-            for of, which in zip(trials, (None, its), strict=True)
+            for of, which in zip(trials, (None, Guide(prediction)), strict=True)
         )
         assert guided == unguided
         if criterion == "rank":

@@ -137,6 +137,18 @@ def verify(
     raise typer.Exit(1 if found.beyond else 0)
 
 
+cluster = typer.Typer(no_args_is_help=True, help="Many machines: where UTILIZED_RANK_ENGINE=ray runs a study's work.")
+app.add_typer(cluster, name="cluster", rich_help_panel=STUDY)
+
+
+@cluster.command()
+def status(name: StudyName = None) -> None:
+    """Say which engine, and which machines, a study would use."""
+    from .stages.cluster import status as found
+
+    typer.echo(found(open_study(name)[0].threads))
+
+
 def _opened(name: str | None) -> tuple[Study, Store]:
     """A study that is run by the project's pipeline."""
     from .stages.layout import check_pipeline

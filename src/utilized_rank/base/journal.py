@@ -7,6 +7,7 @@ names its folder in the environment, after everything that the result depends on
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import random
 import sys
@@ -132,7 +133,9 @@ def where(folder: Path) -> str | None:
 
 
 class Answers:
-    """Questions whose order follows from their answers: asked again, none of them is worked out again.
+    """Questions that have one answer each: asked again, none of them is worked out again.
+
+    A copy in another process knows what is known by now, and keeps nothing.
 
     Args:
         journal: where they are kept.
@@ -142,19 +145,19 @@ class Answers:
     def __init__(self, journal: Journal, name: str) -> None:
         self._journal, self._name = journal, name
         found = journal.get(name)
-        self._known: list[Any] = [] if found is None else list(found[1]["answers"])
-        self._next = 0
+        self._known: dict[str, Any] = {} if found is None else found[1]["answers"]
 
     def __call__(self, question: Any, work_out: Callable[[], Any]) -> Any:
         """The answer (JSON) to a question (JSON): the one of the interrupted execution, or what is worked out now."""
-        if self._next < len(self._known) and self._known[self._next][0] != question:
-            del self._known[self._next :]  # it cannot be, of the same code and numbers: then the rest is worth nothing
-        if self._next == len(self._known):
-            self._known.append([question, work_out()])
+        asked = json.dumps(question)
+        if asked not in self._known:
+            self._known[asked] = work_out()
             where = f"{self._name}, question {len(self._known)}"
             self._journal.put(self._name, {}, {"answers": self._known}, where)
-        self._next += 1
-        return self._known[self._next - 1][1]
+        return self._known[asked]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_journal": NOTHING_KEPT}
 
 
 def random_state(generator: torch.Generator) -> dict[str, Tensor]:

@@ -175,9 +175,12 @@ class Compression:
         return self._spent[method, epsilon]
 
     def _spend(self, method: str, epsilon: float) -> Choices:
+        def recall(question: list[Any], work_out: Callable[[], bool]) -> Any:
+            return self.recall([*question, method], work_out)
+
         small = copy.deepcopy(self.network)
         layers, flops = list(self.layers.values()), self._costs("flops")
-        search = Cumulative(small, layers, self.forms, flops, self._asked(), epsilon, self.memory, self.recall)
+        search = Cumulative(small, layers, self.forms, flops, self._asked(), epsilon, self.memory, recall)
         whole = {layer.name: (layer.m, layer.n) for layer in layers}
         return self._in_turn(small, method, whole, search.choose).choices()
 

@@ -10,19 +10,22 @@ from typing import Any, Literal
 
 import pandas as pd
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..networks.batches import Batches, gathered
+from ..networks.devices import device_of
+from ..networks.each import Each, in_turn
 from ..networks.evaluation import Labelled, Score
-from ..networks.precision import Precision
+from ..networks.precision import Precision, resolved
+from .curvature import Curvature
 from .layers import Layer, countable
 from .moments import Budget, Moments, input_moments
-from .prediction import Curve, Fitted, Guide, Prediction, fitted, guide, handful
+from .prediction import Fitted, Guide, Prediction, fitted, handful, predictable
 from .projection import bases
 from .rank_search import Ranks, search, search_energy, search_utilized
 from .subspaces import Subspace, energy_rank, output_spectrum, spectrum
-from .trials import Recall, Scored, Trials, evaluations_table, trials, worked_out
+from .trials import Evaluation, Recall, Scored, Trials, evaluations_table, trials, worked_out
 
 Criterion = Literal["rank", "utilized", "energy", "predicted"]
 """Search k_S and k_T each on its own; only the smaller of them; or one energy threshold for both. Or predict them from
@@ -84,6 +87,7 @@ def measure(
     on_layer: Callable[[list[Row]], None] = lambda rows: None,
     partial: bool = False,
     recall: Recall = worked_out,
+    each: Each = in_turn,
 ) -> Measurement:
     """Measure the utilized rank of every countable layer of ``network``, layer by layer, others intact.
 
@@ -100,6 +104,7 @@ def measure(
         on_layer: is given the rows of each layer when it is done.
         partial: where it is interrupted from the keyboard, give back the layers that are done.
         recall: what was seen before an interruption.
+        each: where layers are searched.
 
     Raises:
         FloatingPointError: a layer receives NaN or Inf.
@@ -107,73 +112,165 @@ def measure(
     """
     inputs = gathered(calibration)
     flows = inputs_of(network, inputs, rows, batch_size)
-    begins = guide(network, flows.layers, unseen(score, inputs), batch_size)
+    curvatures = predictable(network, flows.layers, unseen(score, inputs), batch_size)
     certifies = criterion != "predicted"
     if not certifies:
-        flows = _reached(flows, begins)
-    verdicts = trials(network, score, memory, precision, certifies, recall)
-    thresholds, known = ({}, {}) if certifies else _fitted(flows, begins, verdicts, epsilons)
+        flows = _reached(flows, curvatures)
+    layers = {layer.name: layer for layer in flows.layers}
+    work = each(Search, Asked(network, flows.layers, score, tuple(epsilons), criterion, precision, memory, recall))
+    left_out, found, table = dict(flows.left_out), dict[str, Found](), list[Row]()
+    thresholds: dict[float, Fitted] = {}
 
-    def subspaces(layer: Layer) -> tuple[Subspace, Subspace]:
-        # No rank beyond min(m, n) is tried, but an energy threshold is a part of all eigenvalues.
-        return bases(layer, flows.moments[layer.name], None if criterion == "energy" else layer.width)
+    def done(rows: list[Row]) -> None:
+        table.extend(rows)
+        on_layer(rows)
 
-    def searched(layer: Layer) -> list[Row]:
-        s, t = subspaces(layer)
-        ranks = {epsilon: layer_ranks(layer, s, t, verdicts, epsilon, criterion, begins) for epsilon in epsilons}
-        return [row(layer, its, epsilon=epsilon) for epsilon, its in ranks.items()]
+    def search(some: list[Layer], title: str) -> None:
+        starts = {epsilon: its.threshold for epsilon, its in thresholds.items()}
+        # For a trial all that comes after a layer is run: the first ones take longest, and begin first.
+        known = {x.name: Known(x.name, flows.moments[x.name], curvatures.get(x.name), starts) for x in some}
+        for name, its in work(known, title, "layer"):
+            found[name] = its
+            _remember(recall, its)
+            if certifies:
+                done([row(layers[name], ranks, epsilon=epsilon) for epsilon, ranks in its.ranks.items()])
 
-    def predicted(layer: Layer) -> list[Row]:
-        prediction = known.get(layer.name) or begins.prediction(layer, *subspaces(layer))
-        return [_predicted(layer, prediction, its, epsilon) for epsilon, its in thresholds.items()]
-
-    left_out = dict(flows.left_out)
-    found: list[Row] = []
-    with interruptible(flows.layers, found, left_out, partial):
-        for layer in tqdm(flows.layers, desc="rank search" if certifies else "prediction", unit="layer"):
-            its = searched(layer) if certifies else predicted(layer)
-            found += its
-            on_layer(its)
+    with interruptible(flows.layers, table, left_out, partial):
+        few = handful(flows.layers)
+        search(few, "rank search of a few layers")
+        thresholds = _fitted([(layer, found[layer.name]) for layer in few], epsilons)
+        if certifies:
+            search([layer for layer in flows.layers if layer not in few], "rank search")
+        else:
+            for layer in tqdm(flows.layers, desc="prediction", unit="layer"):
+                known = found[layer.name].prediction if layer in few else None
+                prediction = known or _prediction(layer, flows, curvatures)
+                done([_predicted(layer, prediction, its, epsilon) for epsilon, its in thresholds.items()])
+    places = {name: place for place, name in enumerate(layers)}
+    evaluations = [evaluation for name in layers if name in found for evaluation in found[name].evaluations]
     return Measurement(
         # A side that was not asked for has no rank: a whole number all the same.
-        pd.DataFrame(found).astype({"k_s_alone": "Int64", "k_t_alone": "Int64"}),
+        pd.DataFrame(sorted(table, key=lambda row: places[row["layer"]])).astype(dict.fromkeys(ALONE, "Int64")),
         left_out,
-        evaluations_table(verdicts.evaluations),
-        verdicts.precision,
+        evaluations_table(evaluations),
+        resolved(precision, device_of(network).type),
         flows.moments,
-        verdicts.score,
+        next(iter(found.values())).score,
         len(score) if isinstance(score, Labelled) else None,
-        {epsilon: its.threshold for epsilon, its in thresholds.items()},
+        {} if certifies else {epsilon: its.threshold for epsilon, its in thresholds.items()},
     )
 
 
-def _reached(flows: Flows, begins: Guide) -> Flows:
+ALONE = ["k_s_alone", "k_t_alone"]
+"""Columns of what each side needs by itself."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is asked of every layer of a network; see :func:`measure`."""
+
+    network: nn.Module
+    layers: list[Layer]
+    score: Score
+    epsilons: tuple[float, ...]
+    criterion: Criterion
+    precision: Precision
+    memory: int
+    recall: Recall
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is known of a layer before any trial."""
+
+    name: str
+    moments: Moments
+    curvature: Tensor | None
+    """None where there is no prediction."""
+    thresholds: dict[float, float]
+    """By tolerance, the divergence in nats at which its boundaries are expected; none of the first layers."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the search of one layer found."""
+
+    ranks: dict[float, Ranks]
+    """At each tolerance."""
+    prediction: Prediction | None
+    """Of one of the first layers, for thresholds to be fitted to; None of the others."""
+    evaluations: list[Evaluation]
+    """In order."""
+    answers: list[tuple[Any, Any]]
+    """With their questions: for the recall of whoever asked for the search, which may be in another process."""
+    score: float
+    """Of the unaltered network."""
+
+
+class Search:
+    """Searches layers of a network, each as if it were the only one: their order changes nothing."""
+
+    def __init__(self, asked: Asked) -> None:
+        self._asked = asked
+        self._layers = {layer.name: layer for layer in asked.layers}
+        self._certifies = asked.criterion != "predicted"
+        self._answers: list[tuple[Any, Any]] = []
+        self._verdicts = trials(
+            asked.network, asked.score, asked.memory, asked.precision, self._certifies, self._recalled
+        )
+
+    def _recalled(self, question: Any, work_out: Callable[[], Any]) -> Any:
+        answer = self._asked.recall(question, work_out)
+        self._answers.append((question, answer))
+        return answer
+
+    def __call__(self, known: Known) -> Found:
+        """The ranks of one layer, and what they rest on."""
+        layer, criterion = self._layers[known.name], self._asked.criterion
+        self._verdicts.forget()
+        self._answers = []
+        # No rank beyond min(m, n) is tried, but an energy threshold is a part of all eigenvalues.
+        s, t = bases(layer, known.moments, None if criterion == "energy" else layer.width)
+        prediction = None if known.curvature is None else Prediction(layer, s, t, known.curvature)
+        guide = None if prediction is None else Guide(prediction, known.thresholds)
+        asked = criterion if self._certifies else "rank"
+        ranks = {e: layer_ranks(layer, s, t, self._verdicts, e, asked, guide) for e in self._asked.epsilons}
+        first = None if known.thresholds else prediction
+        return Found(ranks, first, self._verdicts.evaluations, self._answers, self._verdicts.score)
+
+
+def _remember(recall: Recall, found: Found) -> None:
+    """Make known here what was asked for a layer, maybe in another process."""
+    for question, answer in found.answers:
+
+        def known(answer: Any = answer) -> Any:
+            return answer
+
+        recall(question, known)
+
+
+def _prediction(layer: Layer, flows: Flows, curvatures: Curvature) -> Prediction:
+    return Prediction(layer, *bases(layer, flows.moments[layer.name], layer.width), curvatures[layer.name])
+
+
+def _reached(flows: Flows, curvatures: Curvature) -> Flows:
     """The layers that ranks can be predicted of.
 
     Raises:
         Unpredictable: there is none.
     """
-    layers = [layer for layer in flows.layers if begins.knows(layer)]
+    layers = [layer for layer in flows.layers if layer.name in curvatures]
     if not layers:
         raise Unpredictable("no gradient of the network's predictions reaches a layer: search its ranks instead")
-    unreached = {layer.name: UNREACHED for layer in flows.layers if not begins.knows(layer)}
+    unreached = {layer.name: UNREACHED for layer in flows.layers if layer.name not in curvatures}
     return Flows(layers, {layer.name: flows.moments[layer.name] for layer in layers}, flows.left_out | unreached)
 
 
-def _fitted(
-    flows: Flows, begins: Guide, verdicts: Trials | Scored, epsilons: Sequence[float]
-) -> tuple[dict[float, Fitted], dict[str, Prediction]]:
-    """The threshold of each tolerance, from the verdicts on a handful of layers; and what is predicted of those."""
-    curves: list[Curve] = []
-    predictions: dict[str, Prediction] = {}
-    found: dict[float, list[float]] = {epsilon: [] for epsilon in epsilons}
-    for layer in tqdm(handful(flows.layers), desc="threshold", unit="layer"):
-        s, t = bases(layer, flows.moments[layer.name], layer.width)
-        predictions[layer.name] = begins.prediction(layer, s, t)
-        curves.append(partial(_utilization, layer, predictions[layer.name]))
-        for epsilon in epsilons:
-            found[epsilon].append(layer_ranks(layer, s, t, verdicts, epsilon, "rank", begins).r / layer.width)
-    return {epsilon: fitted(curves, its) for epsilon, its in found.items()}, predictions
+def _fitted(found: list[tuple[Layer, Found]], epsilons: Sequence[float]) -> dict[float, Fitted]:
+    """The threshold of each tolerance, from what was found of some layers; nothing where none has a prediction."""
+    some = [(layer, its.ranks, its.prediction) for layer, its in found if its.prediction is not None]
+    curves = [partial(_utilization, layer, prediction) for layer, _, prediction in some]
+    return {e: fitted(curves, [ranks[e].r / layer.width for layer, ranks, _ in some]) for e in epsilons if some}
 
 
 def _utilization(layer: Layer, prediction: Prediction, threshold: float) -> float:
@@ -269,18 +366,16 @@ def layer_ranks(
     """
     if float(t.values.sum()) == 0:
         return Ranks(0, 0, 0, 0, 0)
-    known = guide if guide is not None and guide.knows(layer) else None
 
     def passes(k_s: int, k_t: int) -> bool:
         verdict = verdicts.passes(layer, s, t, k_s, k_t, epsilon)
-        if known is not None:
-            known.learn(layer, s, t, k_s, k_t, epsilon, verdict)
+        if guide is not None:
+            guide.learn(k_s, k_t, epsilon, verdict)
         return verdict
 
-    likely, predicted = (
-        None if guess is None else lambda k_s, k_t, guess=guess: guess(layer, s, t, k_s, k_t, epsilon)
-        for guess in (verdicts.likely, None if known is None else known.predicted)
-    )
+    guess = verdicts.likely
+    likely = None if guess is None else lambda k_s, k_t: guess(layer, s, t, k_s, k_t, epsilon)
+    predicted = None if guide is None else lambda k_s, k_t: guide.predicted(k_s, k_t, epsilon)
     if criterion == "energy":
         return search_energy(passes, layer.m, layer.n, _over_groups(s), _over_groups(t), likely, predicted)
     if criterion == "utilized":

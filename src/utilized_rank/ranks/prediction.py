@@ -2,7 +2,7 @@
 
 The divergence is predicted as tr(D^T C_S D G) / 2 nats, D = W - P_S W P_T and C_S uncentred (no bias is corrected). Of
 k_S and k_T it is known in closed form, without an image. Which divergence a tolerance of accuracy stands for is not:
-a threshold is learnt from the boundaries that were certified.
+a threshold is fitted to the ranks of a few layers. What the others are asked depends on those alone, in any order.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ by their predictions, can miss that one."""
 WIDEST = 8192
 """No curvature is taken of more outputs, whose matrix would not fit into memory: such a layer is searched plainly."""
 START, LEAST = 0.01, 1e-6
-"""Nats that are expected to be tolerated before any verdict is known (only the time of the first search follows), and
+"""Nats that are expected to be tolerated before any verdict is known (only the time of the first searches follows), and
 the least that are told apart."""
 
 
@@ -83,54 +83,42 @@ def _from_zero(values: Tensor, dimension: int) -> Tensor:
 
 
 class Guide:
-    """Where the search of each layer begins: as its curvature says, and the verdicts on the layers before it.
+    """Where the search of one layer begins: as its curvature says, and the verdicts on it so far.
 
     Args:
-        curvature: of the network's layers; one that is not in it has no prediction.
+        prediction: of the layer.
+        thresholds: to begin with, by tolerance; :data:`START` where there is none.
     """
 
-    def __init__(self, curvature: Curvature) -> None:
-        self._curvature = curvature
-        self._layer: Layer | None = None
-        self._prediction: Prediction | None = None
-        self._thresholds: dict[float, float] = {}
-
-    def knows(self, layer: Layer) -> bool:
-        """Whether there is a prediction for a layer."""
-        return layer.name in self._curvature
-
-    def prediction(self, layer: Layer, s: Subspace, t: Subspace) -> Prediction:
-        """Of a layer that it knows; kept until another is asked for."""
-        if self._prediction is None or self._layer != layer:
-            self._layer, self._prediction = layer, Prediction(layer, s, t, self._curvature[layer.name])
-        return self._prediction
+    def __init__(self, prediction: Prediction, thresholds: dict[float, float] | None = None) -> None:
+        self._prediction = prediction
+        self._thresholds = dict(thresholds or {})
 
     def threshold(self, epsilon: float) -> float:
         """The predicted divergence, in nats, up to which a verdict at this tolerance is expected to pass."""
         return self._thresholds.get(epsilon, START)
 
-    def predicted(self, layer: Layer, s: Subspace, t: Subspace, k_s: int, k_t: int, epsilon: float) -> bool:
+    def predicted(self, k_s: int, k_t: int, epsilon: float) -> bool:
         """The verdict that is expected, from no image."""
-        return self.prediction(layer, s, t)(k_s, k_t) <= self.threshold(epsilon)
+        return self._prediction(k_s, k_t) <= self.threshold(epsilon)
 
-    def learn(self, layer: Layer, s: Subspace, t: Subspace, k_s: int, k_t: int, epsilon: float, passes: bool) -> None:
+    def learn(self, k_s: int, k_t: int, epsilon: float, passes: bool) -> None:
         """Move the threshold half of the way (of its logarithm) to the divergence of a verdict that it got wrong."""
-        divergence, threshold = self.prediction(layer, s, t)(k_s, k_t), self.threshold(epsilon)
+        divergence, threshold = self._prediction(k_s, k_t), self.threshold(epsilon)
         if passes is not (divergence <= threshold):
             self._thresholds[epsilon] = math.sqrt(threshold * max(divergence, LEAST))
 
 
-def guide(network: nn.Module, layers: list[Layer], inputs: Batches, batch_size: int) -> Guide:
-    """The guide of a network, from the curvature over the first :data:`INPUTS` of some inputs.
+def predictable(network: nn.Module, layers: list[Layer], inputs: Batches, batch_size: int) -> Curvature:
+    """The curvature of layers whose ranks can be predicted, over the first :data:`INPUTS` of some inputs.
 
-    They are best none that it was trained on: of those it is too sure, and the gradient of a few is all there is.
+    They are best none that the network was trained on: of those it is too sure, and the gradient of a few is all there
+    is.
     """
     few = some_of(inputs, slice(INPUTS))
     there = [layer for layer in layers if layer.n <= WIDEST] if predicts(network, few) else []
-    if not there:
-        return Guide({})
     # A pass back keeps the values on the way: fewer inputs at a time.
-    return Guide(curvature(network, there, few, batch_size=max(1, batch_size // 4)))
+    return curvature(network, there, few, batch_size=max(1, batch_size // 4)) if there else {}
 
 
 @torch.inference_mode()

@@ -26,9 +26,7 @@ from .projection import projected, replaced
 from .subspaces import Subspace
 
 Recall = Callable[[Any, Callable[[], Any]], Any]
-"""Gives the answer (JSON) to a question (JSON): one that is remembered, or what a function works out.
-
-Questions come in an order that follows from the answers."""
+"""Gives the answer (JSON) to a question (JSON): one that is remembered, or what a function works out."""
 
 
 def worked_out(question: Any, work_out: Callable[[], Any]) -> Any:
@@ -117,6 +115,10 @@ class Trials:
         self._trials: dict[tuple[str, int, int], Trial] = {}
         self.evaluations: list[Evaluation] = []
         """Every question that images were looked at for, in order."""
+
+    def forget(self) -> None:
+        """Drop what was found so far: what is asked from now on costs as much as if it were asked first."""
+        self._trials, self.evaluations = {}, []
 
     def needed(self, epsilon: float) -> int:
         """The fewest correct images that stay within ``epsilon`` percentage points."""
@@ -221,6 +223,10 @@ class Scored:
         """Every question that the network was evaluated for, in order."""
         self.score = self._now()
         """Of the unaltered network."""
+
+    def forget(self) -> None:
+        """Drop what was found so far."""
+        self._found, self.evaluations = {}, []
 
     @torch.inference_mode()
     def _now(self) -> float:
