@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import pandas as pd
 import psutil
 import pytest
 import torch
+from conftest import toy_dataset
 from torch import Tensor, nn
 
 from utilized_rank.base.journal import Answers, Journal
@@ -21,7 +24,8 @@ from utilized_rank.base.sections import StudyError
 from utilized_rank.networks.each import Each, Work, in_turn
 from utilized_rank.networks.evaluation import Labelled
 from utilized_rank.ranks.measure import Measurement, measure
-from utilized_rank.stages import cluster
+from utilized_rank.stages import cluster, teams
+from utilized_rank.training import loop, team
 
 
 @pytest.fixture
@@ -55,9 +59,10 @@ def test_without_ray_it_is_said_what_to_install(environment):
         cluster.engine()
 
 
-def test_one_module_knows_ray():
+def test_two_modules_know_ray():
     package = Path(cluster.__file__).parents[1]
-    assert [path.name for path in package.rglob("*.py") if "import ray" in path.read_text()] == ["cluster.py"]
+    knowing = {path.name for path in package.rglob("*.py") if re.search(r"(import|from) ray\b", path.read_text())}
+    assert knowing == {"cluster.py", "teams.py"}
 
 
 @pytest.fixture(scope="module")
@@ -324,3 +329,32 @@ def test_what_was_done_is_kept_when_a_search_is_interrupted(make, images, one, t
     assert asked
     assert not {*done} & {*asked}
     same(searched(network, images, in_turn), again)
+
+
+@pytest.mark.cluster
+def test_a_team_on_two_nodes_takes_the_steps_of_one_process(one, second, capsys):
+    """In the first epoch, and without batch norm, which sees a part of a batch alone."""
+    from test_team import RECIPE, network, seeded
+
+    how = RECIPE.model_copy(update={"method": "supervised"})
+    found = []
+    for together in (team.alone, teams.engine()):
+        trained = network()
+        curve = loop.train(trained, toy_dataset(), how, seeded(), "float32", "toy", together=together)
+        found.append((trained.state_dict(), curve.loss.tolist()))
+    torch.testing.assert_close(*(dict(weights) for weights, _ in found))
+    assert found[0][1] == pytest.approx(found[1][1])
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.cluster
+def test_a_training_that_fails_in_a_team_says_why(one, second):
+    with pytest.raises(StudyError, match=r"^training in 2 processes failed: .*no such number$") as said:
+        teams.engine()(partial(refusing(2), 2), 4)
+    assert "\n" not in str(said.value)
+
+
+@pytest.mark.cluster
+def test_a_team_is_of_as_many_as_a_batch_has_equal_parts_for(one, second):
+    assert teams.engine()(team.size, 3) == 1
+    assert teams.engine()(team.size, 4) == 2

@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import pandas as pd
@@ -24,8 +25,8 @@ from ..networks.evaluation import BATCH, features, is_correct
 from ..networks.precision import Precision, autocast
 from . import team
 from .models import classifier
-from .sections import Finetune, Recipe
-from .team import Loss
+from .sections import Finetune, Recipe, Train
+from .team import Loss, Together
 
 
 def fit(
@@ -338,6 +339,31 @@ def leave_as_given(
 
 
 METHODS = {"supervised": train_supervised, "linear": train_linear, "as_given": leave_as_given}
+
+
+def train(
+    network: nn.Module,
+    dataset: Dataset,
+    recipe: Train,
+    generator: torch.Generator,
+    precision: Precision,
+    title: str,
+    journal: Journal = NOTHING_KEPT,
+    together: Together = team.alone,
+) -> pd.DataFrame:
+    """Train ``network`` by its recipe's method, in the processes that ``together`` starts; returns the curve.
+
+    Arguments else as of :func:`fit`.
+    """
+    work = partial(_trained, network, dataset, recipe, generator, precision, title, journal)
+    state, curve = together(work, recipe.batch_size)
+    network.load_state_dict(state)  # what another process trained is a copy
+    return curve
+
+
+def _trained(network: nn.Module, dataset: Dataset, recipe: Train, *how: Any) -> tuple[dict[str, Tensor], pd.DataFrame]:
+    curve = METHODS[recipe.method](network, dataset, recipe, *how)
+    return network.state_dict(), curve
 
 
 def _watch(network: nn.Module, dataset: Dataset, inputs: Batches | None = None) -> Callable[[], dict[str, float]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,9 +23,11 @@ from ..base.journal import NOTHING_KEPT, Journal
 from ..base.sections import StudyError
 from ..datasets.data import Dataset
 from ..networks.precision import Precision
+from . import team
 from .loop import fit
 from .models import classifier, published, read_checkpoint
 from .sections import Pretrained
+from .team import Together
 
 
 def initial_weights(
@@ -35,6 +38,7 @@ def initial_weights(
     precision: Precision,
     root: Path,
     journal: Journal = NOTHING_KEPT,
+    together: Together = team.alone,
 ) -> tuple[dict[str, Tensor], pd.DataFrame]:
     """The tensors that a run starts from, and the curve of making them (empty where they are given).
 
@@ -46,6 +50,7 @@ def initial_weights(
         precision: of the arithmetic.
         root: that the path of a given file is relative to.
         journal: where it goes on after an interruption.
+        together: starts the processes that make them.
 
     Raises:
         StudyError: given weights cannot be had, or the network has no tokens to mask.
@@ -55,8 +60,13 @@ def initial_weights(
         return read_checkpoint(root / recipe.file, recipe.sha256, recipe.url), uncurved
     if recipe.method == "published":
         return published(recipe.model, recipe.weights, dataset.shape, len(dataset.classes)), uncurved
-    make = {"simclr": pretrain_simclr, "mae": pretrain_mae}[recipe.method]
-    curve = make(network, dataset, recipe, generator, precision, journal)
+    return together(partial(_made, network, dataset, recipe, generator, precision, journal), recipe.batch_size)
+
+
+def _made(
+    network: nn.Module, dataset: Dataset, recipe: Pretrained, *how: Any
+) -> tuple[dict[str, Tensor], pd.DataFrame]:
+    curve = {"simclr": pretrain_simclr, "mae": pretrain_mae}[recipe.method](network, dataset, recipe, *how)
     return encoder_tensors(network), curve
 
 

@@ -8,6 +8,7 @@ part alone on processors, and the whole batch on GPUs (torch synchronises it the
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,25 @@ from ..base.sections import StudyError
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """From a batch of training images as they are kept, and their labels, int64 (B,), to its mean loss, a scalar."""
+
+Result = TypeVar("Result")
+
+
+class Together(Protocol):
+    """Starts a team."""
+
+    def __call__(self, work: Callable[[], Result], batch_size: int) -> Result:
+        """What a training gives in the first process: every one does the same work.
+
+        Args:
+            work: draws from this process's random numbers, and changes nothing here where others do it.
+            batch_size: of the training, which a team has to divide.
+        """
+
+
+def alone(work: Callable[[], Result], batch_size: int) -> Result:
+    """A :class:`Together` of this process."""
+    return work()
 
 
 def size() -> int:
