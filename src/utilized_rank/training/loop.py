@@ -21,6 +21,7 @@ from ..datasets.data import Dataset
 from ..datasets.images import Split
 from ..datasets.sections import Augmentation
 from ..networks.batches import Batches
+from ..networks.each import Each, in_turn, ordered
 from ..networks.evaluation import BATCH, features, is_correct
 from ..networks.precision import Precision, autocast
 from . import team
@@ -218,6 +219,7 @@ def finetune(
     precision: Precision,
     title: str,
     journal: Journal = NOTHING_KEPT,
+    each: Each = in_turn,
 ) -> list[Tuned]:
     """Train copies of ``network`` on: one for each seed of ``recipe``.
 
@@ -232,12 +234,57 @@ def finetune(
         precision: of the arithmetic.
         title: of the progress bar, and of what the journal has of it.
         journal: where it goes on after an interruption.
-    """
-    teacher = copy.deepcopy(original).eval()
+        each: where copies are trained.
 
-    def trained(lr: float, copied: int) -> Tuned:
-        student = copy.deepcopy(network)
-        generator = seeded(seed, purpose if copied == 0 else f"{purpose} {copied}")
+    Raises:
+        FloatingPointError: the loss of one stays finite at no learning rate, or that of another at the best.
+    """
+    sweep = _Sweep(network, original, dataset, recipe, seed, purpose, precision, title, journal)
+    work = each(_tuner, sweep)
+
+    def tuned(ways: list[tuple[float, int]]) -> list[Tuned | FloatingPointError]:
+        named = {_way(*way): way for way in ways}
+        return list(ordered(work(named, title, "network"), named))
+
+    tried = tuned([(lr, 0) for lr in dict.fromkeys([recipe.lr, *recipe.lrs])])
+    finite = [its for its in tried if isinstance(its, Tuned)]
+    if not finite:
+        raise cast(FloatingPointError, tried[-1])
+    best = max(finite, key=lambda its: its.curve.search_accuracy.iloc[-1])
+    others = tuned([(best.lr, copied) for copied in range(1, recipe.seeds)])
+    if failed := [its for its in others if isinstance(its, FloatingPointError)]:
+        raise failed[0]
+    return [best, *cast(list[Tuned], others)]
+
+
+@dataclass(frozen=True)
+class _Sweep:
+    """What networks have in common that are trained on: see :func:`finetune`."""
+
+    network: nn.Module
+    original: nn.Module
+    dataset: Dataset
+    recipe: Finetune
+    seed: int
+    purpose: str
+    precision: Precision
+    title: str
+    journal: Journal
+
+
+def _way(lr: float, copied: int) -> str:
+    return f"seed {copied}, lr {lr:g}"
+
+
+def _tuner(sweep: _Sweep) -> Callable[[tuple[float, int]], Tuned | FloatingPointError]:
+    """Trains a copy on, by its learning rate and its number."""
+    recipe, dataset = sweep.recipe, sweep.dataset
+    teacher = copy.deepcopy(sweep.original).eval()
+
+    def tuned(way: tuple[float, int]) -> Tuned | FloatingPointError:
+        lr, copied = way
+        student = copy.deepcopy(sweep.network)
+        generator = seeded(sweep.seed, sweep.purpose if copied == 0 else f"{sweep.purpose} {copied}")
 
         def loss(images: Tensor, labels: Tensor) -> Tensor:
             student.train()
@@ -249,22 +296,14 @@ def finetune(
             return value
 
         its = recipe.model_copy(update={"lr": lr})
-        train, watch = dataset.splits["train"], _watch(student, dataset)
-        own = f"{title}, seed {copied}, lr {lr:g}"
-        how = its, generator, precision, watch, own
-        curve = fit(student.parameters(), loss, train, *how, [student], journal)
+        how = its, generator, sweep.precision, _watch(student, dataset), f"{sweep.title}, {_way(*way)}"
+        try:
+            curve = fit(student.parameters(), loss, dataset.splits["train"], *how, [student], sweep.journal)
+        except FloatingPointError as error:  # too large a step: another may do
+            return error
         return Tuned(student, lr, curve)
 
-    tried, failed = [], None
-    for lr in dict.fromkeys([recipe.lr, *recipe.lrs]):
-        try:
-            tried.append(trained(lr, 0))
-        except FloatingPointError as error:  # too large a step: another may do
-            failed = error
-    if failed is not None and not tried:
-        raise failed
-    best = max(tried, key=lambda tuned: tuned.curve.search_accuracy.iloc[-1])
-    return [best, *(trained(best.lr, copied) for copied in range(1, recipe.seeds))]
+    return tuned
 
 
 def distillation(logits: Tensor, teacher: nn.Module, images: Tensor) -> Tensor:
