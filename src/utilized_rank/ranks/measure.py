@@ -104,7 +104,7 @@ def measure(
         on_layer: is given the rows of each layer when it is done.
         partial: where it is interrupted from the keyboard, give back the layers that are done.
         recall: what was seen before an interruption.
-        each: where moments are summed and layers are searched.
+        each: where moments and curvature are summed, and layers are searched.
 
     Raises:
         FloatingPointError: a layer receives NaN or Inf.
@@ -112,7 +112,7 @@ def measure(
     """
     inputs = gathered(calibration)
     flows = inputs_of(network, inputs, rows, batch_size, each)
-    curvatures = predictable(network, flows.layers, unseen(score, inputs), batch_size)
+    curvatures = predictable(network, flows.layers, unseen(score, inputs), batch_size, each)
     certifies = criterion != "predicted"
     if not certifies:
         flows = _reached(flows, curvatures)
