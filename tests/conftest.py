@@ -3,7 +3,7 @@
 import copy
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import cycle, product
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from utilized_rank.base.files import write_json, write_table
 from utilized_rank.base.store import Store
 from utilized_rank.datasets.data import Dataset
 from utilized_rank.datasets.images import Split
+from utilized_rank.networks.each import Each, Work
 from utilized_rank.study.config import Study, parse_study
 from utilized_rank.study.sections import Frontier
 from utilized_rank.training import models
@@ -120,6 +121,20 @@ def said(
             record_property(name, value)
 
     return record
+
+
+@pytest.fixture
+def elsewhere() -> Each:
+    """An engine that goes from the last item to the first, each by a maker and with copies of its own."""
+
+    def each(make: Callable[[Any], Callable[[Any], Any]], shared: Any) -> Work[Any, Any]:
+        def work(items: Mapping[str, Any], title: str, unit: str) -> Iterator[tuple[str, Any]]:
+            for name in reversed(items):
+                yield name, make(copy.deepcopy(shared))(copy.deepcopy(items[name]))
+
+        return work
+
+    return each
 
 
 @pytest.fixture

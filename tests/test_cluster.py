@@ -23,6 +23,7 @@ from utilized_rank.base.journal import Answers, Journal
 from utilized_rank.base.sections import StudyError
 from utilized_rank.networks.each import Each, Work, in_turn
 from utilized_rank.networks.evaluation import Labelled
+from utilized_rank.ranks import moments
 from utilized_rank.ranks.measure import Measurement, measure
 from utilized_rank.stages import cluster, teams
 from utilized_rank.training import loop, team
@@ -65,6 +66,9 @@ def test_two_modules_know_ray():
     assert knowing == {"cluster.py", "teams.py"}
 
 
+NODE = {"num_cpus": 1, "object_store_memory": 2**28}
+
+
 @pytest.fixture(scope="module")
 def head() -> Iterator[Any]:
     """A cluster of one node with one processor."""
@@ -73,7 +77,7 @@ def head() -> Iterator[Any]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)  # for what is defined here
-        its = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": 2**28})
+        its = Cluster(initialize_head=True, head_node_args=NODE | {"include_dashboard": False})
         yield its
         ray.shutdown()
         its.shutdown()
@@ -91,7 +95,7 @@ def one(head, environment) -> Each:
 @pytest.fixture
 def second(head) -> Iterator[Any]:
     """Another node beside it."""
-    node = head.add_node(num_cpus=1, object_store_memory=2**28)
+    node = head.add_node(**NODE)
     head.wait_for_nodes()
     yield node
     if node in head.worker_nodes:
@@ -148,8 +152,8 @@ def workers(folder: Path) -> set[str]:
     return {worker for its in begun(folder) for worker in its}
 
 
-def losing(each: Each, folder: Path, lose: Callable[[], None]) -> Each:
-    """The same engine with notes; something is lost as soon as both nodes are in the middle of an item."""
+def losing(each: Each, folder: Path, lose: Callable[[], None], during: str) -> Each:
+    """The same engine with notes; something is lost as soon as both nodes are in the middle of such an item."""
     done: list[str] = []
 
     def maker(make: Any, shared: Any) -> Work[Any, Any]:
@@ -159,7 +163,7 @@ def losing(each: Each, folder: Path, lose: Callable[[], None]) -> Each:
             for found in work(items, title, unit):
                 done.append(found[0])
                 time.sleep(WHILE / 2)  # until the next has begun
-                if sum(map(len, begun(folder))) == len(done) + 2:
+                if title == during and sum(map(len, begun(folder))) == len(done) + 2:
                     lose()
                 yield found
 
@@ -191,7 +195,7 @@ def test_what_items_share_is_made_once_in_a_worker(one, both):
 
 @pytest.mark.cluster
 def test_what_a_lost_node_had_begun_is_done_on_another(one, second, lose, head, both, capsys):
-    work = losing(one, both, lose)(squares, 1)
+    work = losing(one, both, lose, "squares")(squares, 1)
     assert dict(work(ITEMS, "squares", "number")) == {name: 1 + i**2 for name, i in ITEMS.items()}
     assert second not in head.worker_nodes
     assert sorted(map(len, begun(both))) == [1] * 7 + [2]
@@ -274,6 +278,12 @@ def test_an_address_where_nobody_listens_is_named_soon(environment):
     assert "\n" not in str(said.value)
 
 
+@pytest.fixture(autouse=True)
+def chunks(monkeypatch) -> None:
+    """Eight chunks of the 70 images."""
+    monkeypatch.setattr(moments, "CHUNK", 9)
+
+
 def searched(network: nn.Module, images: Tensor, each: Each, **how: Any) -> Measurement:
     labels = torch.arange(len(images)) % 5
     return measure(network, Labelled(images, labels), images, [0.0, 20.0], precision="float32", each=each, **how)
@@ -282,6 +292,9 @@ def searched(network: nn.Module, images: Tensor, each: Each, **how: Any) -> Meas
 def same(one: Measurement, other: Measurement) -> None:
     pd.testing.assert_frame_equal(one.layers, other.layers)
     pd.testing.assert_frame_equal(*(its.evaluations.drop(columns="seconds") for its in (one, other)))
+    for name, its in one.moments.items():
+        assert torch.equal(its.products, other.moments[name].products)
+        assert torch.equal(its.total, other.moments[name].total)
     assert (one.score, one.precision, one.thresholds) == (other.score, other.precision, other.thresholds)
 
 
@@ -297,9 +310,10 @@ def test_ranks_and_evaluations_are_those_of_a_loop(make, images, one, name, crit
 def test_a_search_that_loses_a_node_finds_what_a_loop_finds(make, images, one, second, lose, head, both):
     """What was on it is begun twice."""
     network = make("resnet20")
-    found = searched(network, images, losing(one, both, lose))
+    found = searched(network, images, losing(one, both, lose, "rank search"))
     assert second not in head.worker_nodes
-    assert sorted(map(len, begun(both))) == [1] * (found.layers.layer.nunique() - 1) + [2]
+    times = sorted(map(len, begun(both)))  # of layers, and before them of chunks of images
+    assert times == [1] * (found.layers.layer.nunique() + 8 - 1) + [2]
     same(searched(network, images, in_turn), found)
 
 

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from utilized_rank.networks.batches import Arguments
+from utilized_rank.networks.each import in_turn
+from utilized_rank.ranks import curvature as of_curvature
 from utilized_rank.ranks.curvature import _inclusion, _root, curvature, sample
 from utilized_rank.ranks.layers import Layer, countable
 
@@ -49,6 +51,21 @@ def test_a_small_change_of_a_layer_costs_what_the_curvature_says(sharp):
         after = network(x).log_softmax(1)
         layer.module.weight.data.copy_(original)
         assert predicted == pytest.approx(float((before.exp() * (before - after)).sum()), rel=0.05)
+
+
+def test_sums_of_chunks_are_the_same_to_the_bit_wherever_they_are_made(make, images, monkeypatch, elsewhere):
+    monkeypatch.setattr(of_curvature, "CHUNK", 20)
+    network = make("vit")
+    here, there = (
+        curvature(network, countable(network).layers, images, None, 8, each) for each in (in_turn, elsewhere)
+    )
+    assert here.keys() == there.keys()
+    assert len(here) == len(countable(network).layers)
+    assert all(torch.equal(its, there[name]) for name, its in here.items())
+    monkeypatch.setattr(of_curvature, "CHUNK", 1000)
+    whole = curvature(network, countable(network).layers, images, None, 8)
+    for name, its in here.items():
+        torch.testing.assert_close(its, whole[name])
 
 
 class Everything(nn.Module):

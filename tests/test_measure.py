@@ -1,6 +1,5 @@
-import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,7 @@ from utilized_rank.base.journal import Answers, Journal
 from utilized_rank.base.sections import StudyError
 from utilized_rank.datasets.data import Dataset
 from utilized_rank.datasets.images import Split
-from utilized_rank.networks.each import Work, in_turn, ordered
+from utilized_rank.networks.each import in_turn, ordered
 from utilized_rank.networks.evaluation import Labelled, is_correct
 from utilized_rank.networks.precision import autocast
 from utilized_rank.ranks import measure as library
@@ -121,19 +120,9 @@ def test_memory_and_batches_change_no_rank(measured, changes):
     pd.testing.assert_frame_equal(usual.layers, changed.layers)
 
 
-def elsewhere(make: Callable[[Any], Callable[[Any], Any]], shared: Any) -> Work[Any, Any]:
-    """From the last item to the first, each by a maker and with copies of its own, as on machines of their own."""
-
-    def work(items: Mapping[str, Any], title: str, unit: str) -> Iterator[tuple[str, Any]]:
-        for name in reversed(items):
-            yield name, make(copy.deepcopy(shared))(copy.deepcopy(items[name]))
-
-    return work
-
-
 @pytest.mark.parametrize("criterion", ["rank", "utilized", "energy", "predicted"])
 @pytest.mark.parametrize("name", ["residual", "vit"])
-def test_where_and_in_which_order_layers_are_searched_changes_no_answer_and_no_question(make, images, name, criterion):
+def test_where_and_in_which_order_layers_are_searched_changes_nothing(make, images, name, criterion, elsewhere):
     network = make(name)
     dataset = with_labels_of(network, images)
     search = Labelled(dataset.inputs("search"), dataset.labels("search"))
@@ -148,7 +137,7 @@ def test_where_and_in_which_order_layers_are_searched_changes_no_answer_and_no_q
     assert (here.score, here.precision, here.thresholds) == (there.score, there.precision, there.thresholds)
 
 
-def test_what_was_found_elsewhere_is_not_looked_for_again(make, images, tmp_path):
+def test_what_was_found_elsewhere_is_not_looked_for_again(make, images, tmp_path, elsewhere):
     """Answers that came back from copies are kept in the journal of the one who asked."""
     network = make("residual")
     dataset = with_labels_of(network, images)

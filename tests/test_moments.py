@@ -6,9 +6,18 @@ import pytest
 import torch
 from torch import nn
 
+from utilized_rank.networks.each import in_turn
 from utilized_rank.ranks import moments as of_moments
 from utilized_rank.ranks.layers import Layer, countable
-from utilized_rank.ranks.moments import FEWEST, Budget, Moments, from_tensors, input_moments, to_tensors
+from utilized_rank.ranks.moments import (
+    FEWEST,
+    Budget,
+    Moments,
+    chunked_moments,
+    from_tensors,
+    input_moments,
+    to_tensors,
+)
 from utilized_rank.ranks.subspaces import energy_rank, output_moment, principal
 
 
@@ -62,6 +71,50 @@ def test_the_sizes_of_the_batches_do_not_matter(make, images, name):
             scale = float(whole[layer].second.abs().max())
             torch.testing.assert_close(moments.second, whole[layer].second, rtol=0, atol=1e-5 * scale)
             torch.testing.assert_close(moments.mean, whole[layer].mean, rtol=0, atol=1e-5 * math.sqrt(scale))
+
+
+@pytest.mark.parametrize(("name", "rows"), [("residual", None), ("residual", 1), ("shared", None), ("vit", 1)])
+def test_sums_of_chunks_are_the_same_to_the_bit_wherever_they_are_made(
+    make, images, name, rows, monkeypatch, elsewhere
+):
+    """And those of all images at once but for rounding, of the same images where a budget takes only some."""
+    monkeypatch.setattr(of_moments, "CHUNK", 16)
+    monkeypatch.setattr(of_moments, "FEWEST", 20)
+    network = make(name)
+    layers, budget = countable(network).layers, None if rows is None else Budget(rows, len(images))
+    here, there = (chunked_moments(network, layers, images, budget, 7, each) for each in (in_turn, elsewhere))
+    whole = input_moments(network, layers, images.split(7), budget)
+    for layer, its in here.items():
+        assert its.count == there[layer].count == whole[layer].count
+        assert torch.equal(its.products, there[layer].products)
+        assert torch.equal(its.total, there[layer].total)
+        torch.testing.assert_close(its.second, whole[layer].second, rtol=1e-5, atol=1e-6)
+
+
+class Lazy:
+    """Images that are read a batch at a time."""
+
+    def __init__(self, images: torch.Tensor) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, which: slice) -> torch.Tensor:
+        return pytest.fail("a whole chunk was read")
+
+    def part(self, which: slice) -> "Lazy":
+        return Lazy(self.images[which])
+
+    def split(self, size: int) -> tuple[torch.Tensor, ...]:
+        return self.images.split(size)
+
+
+def test_a_chunk_is_read_a_batch_at_a_time(make, images):
+    network = make("residual")
+    layers = countable(network).layers
+    found, expected = (chunked_moments(network, layers, inputs, None, 7) for inputs in (Lazy(images), images))
+    assert all(torch.equal(its.products, expected[name].products) for name, its in found.items())
 
 
 def test_rows_added_in_parts_make_the_same_sums(generator):

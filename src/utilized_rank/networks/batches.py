@@ -68,8 +68,8 @@ def gathered(data: Any) -> Batches:
 
 
 def some_of(inputs: Batches, which: Any) -> Batches:
-    """Some of the inputs, by a slice or by indices, as inputs again."""
-    some = inputs[which]
+    """Some of the inputs, by a slice or by indices, as inputs again: of such as have a ``part``, not read yet."""
+    some = inputs.part(which) if hasattr(inputs, "part") else inputs[which]
     return some if isinstance(some, Batches) else Arguments(some)
 
 

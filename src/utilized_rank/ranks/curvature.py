@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch.utils._pytree import tree_map_only
 
 from ..networks.batches import Batches, call, some_of
 from ..networks.devices import device_of, placed, sums_on, truth
+from ..networks.each import Each, in_turn, ordered
 from ..networks.evaluation import class_dimension, logits_of, outputs
 from ..networks.hooks import held
 from .correlations import TERMS
@@ -84,8 +86,47 @@ Curvature = dict[str, Tensor]
 """G of each layer, by name: (g, n, n), float64, in nats over the square of the layer's outputs."""
 
 
+CHUNK = 128
+"""Inputs that are summed by themselves."""
+
+
+@dataclass(frozen=True)
+class Passes:
+    """Passes forward and back over some inputs; see :func:`curvature`."""
+
+    network: nn.Module
+    layers: list[Layer]
+    inputs: Batches
+    weights: Tensor
+    batch_size: int
+
+    def over(self, some: slice) -> Curvature:
+        """The sums over some of them."""
+        there = sums_on(device_of(self.network.eval()))
+        sums: Curvature = {}
+        with torch.inference_mode(False), torch.enable_grad():
+            for which in torch.arange(some.start, some.stop).split(self.batch_size):
+                calls: list[tuple[Layer, GradientEdge]] = []
+                batch = tree_map_only(Tensor, _ordinary, self.inputs[which])
+                with held(layer.module.register_forward_hook(partial(_watch, layer, calls)) for layer in self.layers):
+                    logits = logits_of(call(self.network, placed(batch, self.network)))
+                # Signs of its own for each batch, so that they do not depend on who has the one before.
+                signs = torch.Generator().manual_seed(int(which[0]))
+                for layer, gradient in _gradients(logits, _root(logits, self.weights[which], signs), calls):
+                    new = torch.zeros(layer.groups, layer.n, layer.n, dtype=torch.float64, device=there)
+                    its = sums.setdefault(layer.name, new)
+                    for rows in _rows(layer, gradient.float()).split(TERMS, 1):
+                        its += (rows.mT @ rows).to(its)
+        return sums
+
+
 def curvature(
-    network: nn.Module, layers: list[Layer], inputs: Batches, weights: Tensor | None = None, batch_size: int = 32
+    network: nn.Module,
+    layers: list[Layer],
+    inputs: Batches,
+    weights: Tensor | None = None,
+    batch_size: int = 32,
+    each: Each = in_turn,
 ) -> Curvature:
     """G of every layer that a gradient of the predictions reaches, in one pass forward and back.
 
@@ -98,22 +139,17 @@ def curvature(
         inputs: N of them; no labels are used.
         weights: what each counts for, (N,), as of a :class:`Sample`; all alike where it is None.
         batch_size: inputs at a time.
+        each: where chunks of inputs are summed; their sums are added in order.
     """
-    there = sums_on(device_of(network.eval()))
     weights = _alike(inputs) if weights is None else weights
-    signs = torch.Generator().manual_seed(0)
+    size = max(1, CHUNK // batch_size) * batch_size
+    firsts = range(0, len(inputs), size)
+    chunks = {f"of inputs from {first}": slice(first, min(first + size, len(inputs))) for first in firsts}
+    work = each(attrgetter("over"), Passes(network, layers, inputs, weights, batch_size))
     sums: Curvature = {}
-    with torch.inference_mode(False), torch.enable_grad():
-        for which in torch.arange(len(inputs)).split(batch_size):
-            calls: list[tuple[Layer, GradientEdge]] = []
-            batch = tree_map_only(Tensor, _ordinary, inputs[which])
-            with held(layer.module.register_forward_hook(partial(_watch, layer, calls)) for layer in layers):
-                logits = logits_of(call(network, placed(batch, network)))
-            for layer, gradient in _gradients(logits, _root(logits, weights[which], signs), calls):
-                new = torch.zeros(layer.groups, layer.n, layer.n, dtype=torch.float64, device=there)
-                its = sums.setdefault(layer.name, new)
-                for rows in _rows(layer, gradient.float()).split(TERMS, 1):
-                    its += (rows.mT @ rows).to(its)
+    for chunk in ordered(work(chunks, "curvature", "chunk"), chunks):
+        for name, its in chunk.items():
+            sums[name] = sums[name] + its if name in sums else its
     return {name: its for name, its in sums.items() if truth(torch.isfinite(its).all())}
 
 

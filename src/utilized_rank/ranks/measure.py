@@ -20,7 +20,7 @@ from ..networks.evaluation import Labelled, Score
 from ..networks.precision import Precision, resolved
 from .curvature import Curvature
 from .layers import Layer, countable
-from .moments import Budget, Moments, input_moments
+from .moments import Budget, Moments, chunked_moments
 from .prediction import Fitted, Guide, Prediction, fitted, handful, predictable
 from .projection import bases
 from .rank_search import Ranks, search, search_energy, search_utilized
@@ -104,15 +104,15 @@ def measure(
         on_layer: is given the rows of each layer when it is done.
         partial: where it is interrupted from the keyboard, give back the layers that are done.
         recall: what was seen before an interruption.
-        each: where layers are searched.
+        each: where moments and curvature are summed, and layers are searched.
 
     Raises:
         FloatingPointError: a layer receives NaN or Inf.
         Unpredictable: ranks are to be predicted, of a network without a gradient.
     """
     inputs = gathered(calibration)
-    flows = inputs_of(network, inputs, rows, batch_size)
-    curvatures = predictable(network, flows.layers, unseen(score, inputs), batch_size)
+    flows = inputs_of(network, inputs, rows, batch_size, each)
+    curvatures = predictable(network, flows.layers, unseen(score, inputs), batch_size, each)
     certifies = criterion != "predicted"
     if not certifies:
         flows = _reached(flows, curvatures)
@@ -321,7 +321,9 @@ class Flows:
     """Layers that do not count, and why."""
 
 
-def inputs_of(network: nn.Module, calibration: Batches, rows: int | None, batch_size: int = 128) -> Flows:
+def inputs_of(
+    network: nn.Module, calibration: Batches, rows: int | None, batch_size: int = 128, each: Each = in_turn
+) -> Flows:
     """The second moments of every layer that counts; arguments as of :func:`measure`.
 
     Raises:
@@ -329,7 +331,7 @@ def inputs_of(network: nn.Module, calibration: Batches, rows: int | None, batch_
     """
     selection = countable(network)
     budget = None if rows is None else Budget(rows, len(calibration))
-    moments = input_moments(network, selection.layers, calibration.split(batch_size), budget)
+    moments = chunked_moments(network, selection.layers, calibration, budget, batch_size, each)
     layers = [layer for layer in selection.layers if moments[layer.name].count]
     uncalled = {layer.name: UNCALLED for layer in selection.layers if not moments[layer.name].count}
     return Flows(layers, {layer.name: moments[layer.name] for layer in layers}, selection.left_out | uncalled)

@@ -1,4 +1,7 @@
-"""Second moments and means of what flows into each layer, streamed over images, summed in float64."""
+"""Second moments and means of what flows into each layer, streamed over images, summed in float64.
+
+Chunks of images are summed by themselves, and their sums in their order: the same to the bit, wherever that is done.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import groupby
+from operator import attrgetter
 from typing import Any, NoReturn
 
 import numpy as np
@@ -13,8 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..networks.batches import call, count
+from ..networks.batches import Batches, call, count, some_of
 from ..networks.devices import CPU, looks, placed, sums_on, truth
+from ..networks.each import Each, in_turn, ordered
 from ..networks.evaluation import logits_of
 from ..networks.hooks import held
 from .correlations import TERMS, Correlations, pays
@@ -24,6 +29,8 @@ FEWEST = 128
 """Images that a budget never goes below: rows of one image are alike."""
 TOGETHER = 128
 """Images of a budget that are multiplied at a time: a few at a time would cost more in calls than in products."""
+CHUNK = 512
+"""Images that are summed by themselves."""
 
 
 @dataclass
@@ -98,12 +105,17 @@ class Stream:
 
     Patches that overlap go through :mod:`utilized_rank.ranks.correlations`, which multiplies no two pixels twice, in
     their own precision; other rows are multiplied in float64 (on another device than the processor, in float32).
+
+    Args:
+        layer: of a network.
+        budget: None takes in every row.
+        came: images that others take in, which come before these.
     """
 
-    def __init__(self, layer: Layer, budget: Budget | None) -> None:
+    def __init__(self, layer: Layer, budget: Budget | None, came: int = 0) -> None:
         self.layer = layer
         self.budget = budget
-        self._came = 0
+        self._came = came
         self._waiting: list[Tensor] = []
         self._rows: Moments | None = None
         self._by_size: dict[tuple[int, int], Correlations | None] = {}
@@ -159,20 +171,63 @@ class Stream:
         return whole
 
 
+@dataclass(frozen=True)
+class Calibration:
+    """What moments are taken over, and of which layers; see :func:`chunked_moments`."""
+
+    network: nn.Module
+    layers: list[Layer]
+    inputs: Batches
+    budget: Budget | None
+    batch_size: int
+
+    def over(self, some: slice) -> dict[str, Moments]:
+        """The moments over some of the images."""
+        batches = some_of(self.inputs, some).split(self.batch_size)
+        return input_moments(self.network, self.layers, batches, self.budget, some.start)
+
+
+@torch.inference_mode()
+def chunked_moments(
+    network: nn.Module,
+    layers: list[Layer],
+    inputs: Batches,
+    budget: Budget | None,
+    batch_size: int = 128,
+    each: Each = in_turn,
+) -> dict[str, Moments]:
+    """The same as :func:`input_moments`, chunk by chunk, wherever these are summed.
+
+    Raises:
+        FloatingPointError: as there.
+    """
+    firsts = range(0, len(inputs), CHUNK)
+    chunks = {f"of images from {first}": slice(first, min(first + CHUNK, len(inputs))) for first in firsts}
+    work = each(attrgetter("over"), Calibration(network, layers, inputs, budget, batch_size))
+    sums: dict[str, Moments] = {}
+    for chunk in ordered(work(chunks, "second moments", "chunk"), chunks):
+        for name, its in chunk.items():
+            if name in sums:
+                sums[name] += its
+            else:
+                sums[name] = its
+    return sums
+
+
 @torch.inference_mode()
 def input_moments(
-    network: nn.Module, layers: list[Layer], batches: Iterable[Any], budget: Budget | None = None
+    network: nn.Module, layers: list[Layer], batches: Iterable[Any], budget: Budget | None = None, came: int = 0
 ) -> dict[str, Moments]:
     """The moments of every layer's inputs, in one pass over ``batches`` of inputs (B, ...).
 
     A layer that is called more than once in a pass (shared weights) adds up over its calls. Without a
-    ``budget`` every row counts.
+    ``budget`` every row counts; ``came`` images are taken in by others, before these.
 
     Raises:
         FloatingPointError: a layer received NaN or Inf, or the network gives them; names the layer.
     """
     network.eval()
-    streams = {layer.name: Stream(layer, budget) for layer in layers}
+    streams = {layer.name: Stream(layer, budget, came) for layer in layers}
     waiting: list[tuple[Any, Tensor]] = []  # batches whose outputs have not been looked at
     for batch in batches:
         batch = placed(batch, network)

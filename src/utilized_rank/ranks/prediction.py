@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..networks.batches import Batches, call, some_of
 from ..networks.devices import placed
+from ..networks.each import Each, in_turn
 from ..networks.evaluation import logits_of
 from .curvature import Curvature, curvature
 from .layers import Layer
@@ -109,7 +110,9 @@ class Guide:
             self._thresholds[epsilon] = math.sqrt(threshold * max(divergence, LEAST))
 
 
-def predictable(network: nn.Module, layers: list[Layer], inputs: Batches, batch_size: int) -> Curvature:
+def predictable(
+    network: nn.Module, layers: list[Layer], inputs: Batches, batch_size: int, each: Each = in_turn
+) -> Curvature:
     """The curvature of layers whose ranks can be predicted, over the first :data:`INPUTS` of some inputs.
 
     They are best none that the network was trained on: of those it is too sure, and the gradient of a few is all there
@@ -118,7 +121,7 @@ def predictable(network: nn.Module, layers: list[Layer], inputs: Batches, batch_
     few = some_of(inputs, slice(INPUTS))
     there = [layer for layer in layers if layer.n <= WIDEST] if predicts(network, few) else []
     # A pass back keeps the values on the way: fewer inputs at a time.
-    return curvature(network, there, few, batch_size=max(1, batch_size // 4)) if there else {}
+    return curvature(network, there, few, batch_size=max(1, batch_size // 4), each=each) if there else {}
 
 
 @torch.inference_mode()

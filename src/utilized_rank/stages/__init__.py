@@ -1,4 +1,4 @@
-"""What the stages of a study compute, their notebooks, and what they will take.
+"""What the stages of a study compute, their notebooks, where their work is done, and what they will take.
 
 Uses the library, `base`, `datasets`, `training` and `study`.
 """

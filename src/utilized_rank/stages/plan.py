@@ -16,6 +16,7 @@ from ..datasets.prepare import DESCRIBING, split_counts
 from ..networks import cost
 from ..networks.evaluation import BATCH, received
 from ..ranks.layers import countable
+from ..ranks.moments import CHUNK
 from ..study.config import Study
 from ..study.sections import Frontier, Measure
 from ..training import models
@@ -173,9 +174,11 @@ def _train(recipe: Train, of: Shape, scale: Scale) -> Need:
 
 def _measure(asked: Measure, of: Shape, scale: Scale) -> Need:
     searched = PASSES * of.layers * len(asked.epsilons) * scale.search
-    seen = min(asked.calibration_images, scale.train) + 2 * scale.search + searched
+    calibration = min(asked.calibration_images, scale.train)
+    seen = calibration + 2 * scale.search + searched
     frontier = min(asked.memory, scale.search * of.widest / MIB)
-    moments = (of.moments + 4 * 8 * of.largest + 4 * BATCH * of.widest) / MIB
+    sums = 1 + (calibration > CHUNK)  # those of a chunk, beside those of all before it
+    moments = (sums * of.moments + 4 * 8 * of.largest + 4 * BATCH * of.widest) / MIB
     return Need(seen, seen, scale.base + frontier + moments, of.moments / MIB)
 
 
