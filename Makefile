@@ -42,7 +42,7 @@ test-gpu: .venv/ready
 
 # Work on a Ray cluster of two nodes on this machine, one of which is killed: a few minutes. Ray is installed for it alone.
 test-cluster: .venv/ready
-	$(BIN)/pip install --quiet --no-build-isolation --editable '.[cluster]'
+	$(BIN)/pip install --quiet --no-deps --require-hashes -r requirements-cluster.lock
 	$(BIN)/pytest -m cluster tests/test_cluster.py
 
 # Kill every stage at random moments, fill a disk, damage files, ask for what cannot be: reports/reliability.md
@@ -88,11 +88,12 @@ lint: .venv/ready
 
 # Resolve the ranges of pyproject.toml anew, for every platform (needs uv): the newest versions, and the oldest. What torch
 # needs for a GPU is locked, too; a build of torch that needs other files brings them when it is installed.
-RESOLVE := uv pip compile --universal --python-version 3.11 --extra dev --generate-hashes --no-annotate \
-  --no-emit-package torch --no-emit-package torchvision --custom-compile-command "make lock"
+RESOLVE := uv pip compile --universal --python-version 3.11 --generate-hashes --no-annotate \
+  --no-emit-package torch --no-emit-package torchvision --custom-compile-command "make lock" pyproject.toml
 lock:
-	$(RESOLVE) pyproject.toml --constraint constraints.txt --output-file requirements.lock
-	$(RESOLVE) pyproject.toml --constraint constraints-oldest.txt --resolution lowest-direct --output-file requirements-oldest.lock
+	$(RESOLVE) --extra dev --constraint constraints.txt --output-file requirements.lock
+	$(RESOLVE) --extra dev --constraint constraints-oldest.txt --resolution lowest-direct --output-file requirements-oldest.lock
+	$(RESOLVE) --extra cluster --constraint constraints.txt --constraint requirements.lock --output-file requirements-cluster.lock
 	$(MAKE) sbom
 
 # What is locked, as CycloneDX, beside the lock.
@@ -106,7 +107,7 @@ AUDIT = $(BIN)/pip-audit --strict --disable-pip --no-deps --progress-spinner off
 audit: .venv/ready
 	@if $(BIN)/python -c 'from urllib.request import urlopen; \
 	  urlopen("$(ADVISORIES)", b"{\"package\": {\"purl\": \"pkg:pypi/torch\"}}", 20)' 2>/dev/null; then \
-	  $(AUDIT) -r requirements.lock && $(AUDIT) -r constraints.txt; \
+	  $(AUDIT) -r requirements.lock && $(AUDIT) -r requirements-cluster.lock && $(AUDIT) -r constraints.txt; \
 	else echo "Not audited: the index of advisories, $(ADVISORIES), is out of reach."; fi
 
 # Build the wheel, and measure a network with it in an empty environment outside of the project (minutes: torch is installed).
