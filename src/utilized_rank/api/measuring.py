@@ -116,6 +116,7 @@ def measure(
                 done(layer, vars(library.energy_ranks(layer, moments[layer.name], energy, centred)))
     if not found:
         raise InputError(f"no layer of the network counts: {_told(left_out | stay)}")
+    found.sort(key=lambda row: [*layers].index(row["layer"]))  # some were done before others
     return Utilization(pd.DataFrame(found), left_out | stay, moments, len(inputs), **about)
 
 
