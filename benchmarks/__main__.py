@@ -32,6 +32,7 @@ NAMES = (
     "allocation",
     "deployment",
     "pipeline",
+    "scale",
     "gpu",
 )
 REPORT = ROOT / "reports" / "benchmarks"
