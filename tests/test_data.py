@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from utilized_rank.base.sections import StudyError
 from utilized_rank.base.store import Store
-from utilized_rank.datasets import data, prepare
+from utilized_rank.datasets import augmentation, data, prepare
 from utilized_rank.datasets.data import SPLITS, Dataset
 from utilized_rank.datasets.images import Files, Split, array
 from utilized_rank.datasets.sections import Augmentation, Data
@@ -242,12 +242,12 @@ def middle(images: torch.Tensor) -> torch.Tensor:
 
 def test_no_augmentation_is_the_identity(generator):
     images = torch.randn(10, 3, 9, 12, generator=generator)
-    torch.testing.assert_close(data.augment(images, Augmentation(), generator), images, rtol=0, atol=1e-5)
+    torch.testing.assert_close(augmentation.augment(images, Augmentation(), generator), images, rtol=0, atol=1e-5)
 
 
 def test_a_flip_mirrors_about_half_of_the_images_and_leaves_the_others(generator):
     images = torch.randn(400, 1, 6, 6, generator=generator)
-    changed = data.augment(images, Augmentation(flip=True), generator)
+    changed = augmentation.augment(images, Augmentation(flip=True), generator)
     same = (changed - images).abs().amax((1, 2, 3)) < 1e-5
     mirrored = (changed - images.flip(-1)).abs().amax((1, 2, 3)) < 1e-5
     assert bool((same ^ mirrored).all())
@@ -256,7 +256,7 @@ def test_a_flip_mirrors_about_half_of_the_images_and_leaves_the_others(generator
 
 def test_a_shift_moves_by_up_to_its_fraction_of_the_side(generator):
     images = ramps(300, 20)
-    moved = middle(data.augment(images, Augmentation(shift=0.1), generator)) - middle(images)
+    moved = middle(augmentation.augment(images, Augmentation(shift=0.1), generator)) - middle(images)
     by = moved.mean((2, 3))  # pixels, (N, 2)
     torch.testing.assert_close(moved, by[..., None, None].expand_as(moved), rtol=0, atol=1e-4)
     assert 1.9 < float(by.abs().max()) <= 2 + 1e-4
@@ -265,7 +265,7 @@ def test_a_shift_moves_by_up_to_its_fraction_of_the_side(generator):
 
 def test_a_rotation_keeps_distances_from_the_centre_up_to_its_angle(generator):
     images = ramps(300, 20)
-    turned = middle(data.augment(images, Augmentation(rotate=30), generator))
+    turned = middle(augmentation.augment(images, Augmentation(rotate=30), generator))
     torch.testing.assert_close(turned.norm(dim=1), middle(images).norm(dim=1), rtol=0, atol=1e-4)
     cosine = (turned * middle(images)).sum(1) / middle(images).square().sum(1)
     assert math.cos(math.radians(30)) - 1e-4 <= float(cosine.min()) < math.cos(math.radians(28))
@@ -273,7 +273,7 @@ def test_a_rotation_keeps_distances_from_the_centre_up_to_its_angle(generator):
 
 def test_a_scale_stretches_from_the_centre(generator):
     images = ramps(300, 20)
-    ratio = middle(data.augment(images, Augmentation(scale=0.2), generator)) / middle(images)
+    ratio = middle(augmentation.augment(images, Augmentation(scale=0.2), generator)) / middle(images)
     by = ratio.mean((1, 2, 3))
     torch.testing.assert_close(ratio, by.view(-1, 1, 1, 1).expand_as(ratio), rtol=0, atol=1e-4)
     assert 0.8 - 1e-4 <= float(by.min()) < 0.82
@@ -282,7 +282,7 @@ def test_a_scale_stretches_from_the_centre(generator):
 
 def test_contrast_multiplies_each_image(generator):
     images = torch.ones(300, 2, 5, 5)
-    changed = data.augment(images, Augmentation(contrast=0.3), generator)
+    changed = augmentation.augment(images, Augmentation(contrast=0.3), generator)
     by = changed[:, 0, 0, 0]
     torch.testing.assert_close(changed, by.view(-1, 1, 1, 1).expand_as(changed))
     assert 0.7 <= float(by.min()) < 0.72
@@ -290,21 +290,21 @@ def test_contrast_multiplies_each_image(generator):
 
 
 def test_noise_has_its_standard_deviation(generator):
-    changed = data.augment(torch.zeros(50, 1, 16, 16), Augmentation(noise=0.4), generator)
+    changed = augmentation.augment(torch.zeros(50, 1, 16, 16), Augmentation(noise=0.4), generator)
     assert float(changed.std()) == pytest.approx(0.4, rel=0.05)
 
 
 def test_augmentation_is_drawn_from_the_generator_alone(generator):
     images = torch.randn(4, 1, 8, 8, generator=generator)
     everything = Augmentation(shift=0.2, rotate=20, scale=0.1, contrast=0.2, noise=0.1, flip=True)
-    seeded = [data.augment(images, everything, torch.Generator().manual_seed(s)) for s in (5, 5, 6)]
+    seeded = [augmentation.augment(images, everything, torch.Generator().manual_seed(s)) for s in (5, 5, 6)]
     assert torch.equal(seeded[0], seeded[1])
     assert not torch.equal(seeded[0], seeded[2])
 
 
 def test_a_crop_moves_every_image_by_whole_pixels_and_black_comes_in(generator):
     images = torch.randint(1, 256, (60, 2, 6, 5), generator=generator, dtype=torch.uint8)
-    moved = data.cropped(images, 2, generator)
+    moved = augmentation.cropped(images, 2, generator)
     assert (moved.dtype, moved.shape) == (images.dtype, images.shape)
     around, seen = F.pad(images, [2, 2, 2, 2]), set()
     for before, after in zip(around, moved, strict=True):
@@ -322,3 +322,41 @@ def test_an_augmented_batch_is_cropped_before_it_is_normalised(dataset, generato
     assert float(changed.min()) == pytest.approx(float(dataset.normalised(torch.zeros(1, 1, 1, 1))), abs=1e-4)
     plain = dataset.augmented(images, Augmentation(), generator)
     torch.testing.assert_close(plain, dataset.normalised(images), rtol=0, atol=1e-5)
+
+
+def test_a_view_is_cut_from_its_image_and_brought_to_the_whole_size(generator):
+    """Of a ramp: as steep as the part is narrow, and nowhere beyond its ends."""
+    images = (4 * torch.arange(64)).expand(200, 3, 64, 64).to(torch.uint8)
+    seen = augmentation.views(images, Augmentation(smallest_part=0.25), generator)
+    assert seen.shape == images.shape
+    assert 0 <= float(seen.min()) < float(seen.max()) <= 4 * 63
+    wide = (seen[:, 0, 0, -1] - seen[:, 0, 0, 0]) / (4 * 63)
+    # A quarter of the area at the least, 3:4 at the narrowest.
+    assert math.sqrt(0.25 * 3 / 4) - 0.05 < float(wide.min()) < 0.6
+    assert float(wide.max()) > 0.9
+
+
+def test_a_view_changes_four_images_in_five_in_colour_and_takes_it_from_some(generator):
+    images = torch.tensor([200, 100, 50], dtype=torch.uint8).view(1, 3, 1, 1).expand(500, 3, 4, 4)
+    coloured = augmentation.views(images, Augmentation(colour=0.5), generator)
+    same = (coloured - images).abs().amax((1, 2, 3)) < 1e-3
+    assert abs(int(same.sum()) - 100) < 45  # five standard deviations
+    grey = augmentation.views(images, Augmentation(grey=0.3), generator)
+    without = (grey.amax(1) - grey.amin(1)).amax((1, 2)) < 1e-3
+    assert abs(int(without.sum()) - 150) < 52
+
+
+def test_a_view_of_one_channel_stays_one(generator):
+    images = torch.randint(0, 256, (8, 1, 12, 12), generator=generator, dtype=torch.uint8)
+    how = Augmentation(smallest_part=0.3, colour=0.5, grey=0.2)
+    assert augmentation.views(images, how, generator).shape == images.shape
+
+
+def test_views_are_drawn_from_the_generator_alone_and_leave_torchs_own(generator):
+    images = torch.randint(0, 256, (8, 3, 12, 12), generator=generator, dtype=torch.uint8)
+    how = Augmentation(smallest_part=0.3, colour=0.5, grey=0.2)
+    before = torch.get_rng_state()
+    seeded = [augmentation.views(images, how, torch.Generator().manual_seed(s)) for s in (5, 5, 6)]
+    assert torch.equal(seeded[0], seeded[1])
+    assert not torch.equal(seeded[0], seeded[2])
+    assert torch.equal(torch.get_rng_state(), before)

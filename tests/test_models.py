@@ -18,10 +18,12 @@ from utilized_rank.training.architectures import ResidualBlock
 from utilized_rank.training.sections import Model
 
 VIT = Model(architecture="vit", dim=24, depth=2, heads=3, patch_size=4)
+STEMMED = VIT.model_copy(update={"stem": "convolutions"})
 SMALL = {
     "vgg11": (Model(architecture="vgg11", width=0.1), (3, 32, 32)),
     "resnet20": (Model(architecture="resnet20", width=0.25), (1, 8, 8)),
     "vit": (VIT, (1, 8, 8)),
+    "vit, convolutions": (STEMMED, (1, 8, 8)),
 }
 CLASSES = 7
 
@@ -55,6 +57,21 @@ def test_vit_has_the_size_of_its_parameters():
     patches = (1 * 4 * 4 + 1) * dim
     expected = patches + dim + tokens * dim + 2 * block + 2 * dim + (dim + 1) * classes
     assert count(models.build(VIT, (1, 8, 8), classes)) == expected
+
+
+def test_a_stem_of_convolutions_gives_as_many_tokens_as_patches_do():
+    plain, stemmed = (models.build(model, (3, 32, 32), CLASSES) for model in (VIT, STEMMED))
+    images = torch.randn(2, 3, 32, 32)
+    assert stemmed.patch_embed(images).shape == plain.patch_embed(images).shape == (2, 64, 24)
+    # Two of stride 2 in place of a patch of 4: half as wide as the tokens, then as wide.
+    assert [(c.in_channels, c.out_channels) for c in stemmed.modules() if isinstance(c, nn.Conv2d)] == [
+        (3, 12),
+        (12, 24),
+    ]
+    assert [layer.name for layer in countable(stemmed).layers][:2] == [
+        "patch_embed.backbone.0.conv",
+        "patch_embed.backbone.1.conv",
+    ]
 
 
 @pytest.mark.parametrize("name", SMALL)

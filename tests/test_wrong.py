@@ -43,6 +43,7 @@ def with_ranks(*ranks: dict[str, Any], **others: Any) -> Change:
     return {"frontier": {"vgg11": FRONTIER | {"ranks": [*ranks]} | others}}
 
 
+STEMMED = {"architecture": "vit", "dim": 96, "heads": 3, "stem": "convolutions"}
 HALF = {"budget": {"params": 0.5}}
 JOINT = {"search": "joint", "epsilon": 1.0}
 PARAMETERS: list[tuple[Change, str]] = [
@@ -139,6 +140,8 @@ PARAMETERS: list[tuple[Change, str]] = [
     ({"runs.vgg11.pretrained": "simclr_vit"}, "simclr_vit was made with another model"),
     ({"runs.vgg11.train.method": "linear"}, "runs.vgg11.pretrained is none, so train.method must be supervised"),
     ({"data.image_size": 16}, "data.image_size must be at least 32, not 16"),
+    ({"runs.vit.model": STEMMED | {"patch_size": 6}}, "patch_size 6 is no power of two"),
+    ({"pretrained.simclr_vit.model": STEMMED, "pretrained.simclr_vit.method": "mae"}, "method: mae hides patches"),
     ({"data.image_size": 36}, "patch_size 8 does not divide data.image_size 36"),
     ({"runs.vit_linear.model.heads": 5}, "dim 96 is not a multiple of heads 5"),
     ({"runs.vgg11.model.mean": (0.5,)}, "mean and std belong together"),

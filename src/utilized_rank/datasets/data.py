@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..base.files import read_tensors, write_tensors
 from ..base.sections import StudyError
 from ..base.store import Store
 from ..networks.devices import CPU
+from .augmentation import augment, cropped, views
 from .images import Files, Images, Split, stream
 from .sections import Augmentation
 
@@ -43,7 +42,7 @@ class Dataset:
         return channels, height, width
 
     def normalised(self, images: Tensor) -> Tensor:
-        """uint8 images (N, C, H, W) to float32 of zero mean and unit variance over the training split."""
+        """Images (N, C, H, W), from 0 to 255, to float32 of zero mean and unit variance over the training split."""
         mean = torch.tensor(self.mean, device=self.device).view(-1, 1, 1)
         std = torch.tensor(self.std, device=self.device).view(-1, 1, 1)
         return (images.to(self.device, non_blocking=True).float() / 255 - mean) / std
@@ -53,6 +52,8 @@ class Dataset:
         images = images.to(self.device, non_blocking=True)
         if how.crop:
             images = cropped(images, how.crop, generator)
+        if how.of_views:
+            images = views(images, how, generator)
         return augment(self.normalised(images), how, generator)
 
     def on(self, device: torch.device) -> Dataset:
@@ -152,41 +153,3 @@ def load(store: Store) -> Dataset:
     splits = {name: Split(images(name), tensors[f"{name}.labels"]) for name in SPLITS}
     searched = tensors.get("test.searched")
     return Dataset(splits, described["classes"], described["mean"], described["std"], searched=searched)
-
-
-def cropped(images: Tensor, pixels: int, generator: torch.Generator) -> Tensor:
-    """Each image (N, C, H, W) moved by up to so many pixels each way, exactly; black comes in from outside."""
-    count, _, height, width = images.shape
-    around = F.pad(images, 4 * [pixels])
-    down, across = torch.randint(0, 2 * pixels + 1, (2, count, 1), generator=generator)
-    # Chosen by the processor's generator, whatever the device: the same for all of them.
-    rows = (down + torch.arange(height)).to(images.device)  # (N, H)
-    columns = (across + torch.arange(width)).to(images.device)  # (N, W)
-    some = torch.arange(count, device=images.device).view(-1, 1, 1)
-    # Indices on both sides of a slice put what they choose first: (N, H, W, C).
-    return around[some, :, rows.unsqueeze(2), columns.unsqueeze(1)].permute(0, 3, 1, 2)
-
-
-def augment(images: Tensor, how: Augmentation, generator: torch.Generator) -> Tensor:
-    """Each image of a normalised batch (N, C, H, W) under its own random change.
-
-    One resampling does translation, rotation, scale and flip; then contrast and noise.
-    """
-    count = len(images)
-
-    def draw(largest: float) -> Tensor:  # uniform in [-largest, largest], (N,)
-        return ((torch.rand(count, generator=generator) * 2 - 1) * largest).to(images.device)
-
-    angle, scale = draw(math.radians(how.rotate)), 1 + draw(how.scale)
-    mirrored = torch.rand(count, generator=generator) < 0.5 if how.flip else torch.zeros(count, dtype=torch.bool)
-    mirror = torch.where(mirrored, -1.0, 1.0).to(images.device)
-    cos, sin = angle.cos() * scale, angle.sin() * scale
-    rows = [torch.stack([cos * mirror, -sin, draw(2 * how.shift)], 1)]
-    rows += [torch.stack([sin * mirror, cos, draw(2 * how.shift)], 1)]
-    grid = F.affine_grid(torch.stack(rows, 1), list(images.shape), align_corners=False)  # (N, H, W, 2)
-    images = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
-    if how.contrast:
-        images = images * (1 + draw(how.contrast)).view(-1, 1, 1, 1)
-    if how.noise:
-        images = images + how.noise * torch.randn(images.shape, generator=generator).to(images.device)
-    return images

@@ -62,3 +62,16 @@ class Augmentation(Section):
     """Standard deviation of added Gaussian noise, in units of the normalised image."""
     flip: bool = False
     """Mirror half of the images left to right."""
+    smallest_part: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Cut out a random part of the area, this much or more, of a random shape, and bring it to the whole size (of 1,
+    nothing is cut)."""
+    colour: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Strength s of a change of brightness, contrast and saturation by up to 0.8 s, of hue by up to 0.2 s, to four
+    images in five (Chen et al. 2020, appendix A)."""
+    grey: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Part of the images that lose their colours."""
+
+    @property
+    def of_views(self) -> bool:
+        """Whether anything is asked for that makes views of contrastive learning."""
+        return self.smallest_part < 1 or self.colour > 0 or self.grey > 0

@@ -17,7 +17,7 @@ from ..base.runtime import device_name, processor
 from ..networks.precision import resolved
 from .config import Study
 
-PACKAGES = ("torch", "torchvision", "timm", "lightly", "numpy", "scipy", "scikit-learn", "dvc", "papermill")
+PACKAGES = ("torch", "torchvision", "timm", "lightly", "kornia", "numpy", "scipy", "scikit-learn", "dvc", "papermill")
 
 
 def parameter_hash(study: Study) -> str:

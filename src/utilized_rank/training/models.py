@@ -6,6 +6,7 @@ import difflib
 import pickle
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -32,6 +33,7 @@ UNREADABLE = (
 def _vit(model: Model, shape: Shape, classes: int) -> nn.Module:
     import timm  # a second to import, and only this architecture needs it
 
+    stem: dict[str, Any] = {"embed_layer": partial(_convolutions, model)} if model.stem == "convolutions" else {}
     return timm.create_model(
         "vit_tiny_patch16_224",
         img_size=shape[1:],
@@ -41,7 +43,18 @@ def _vit(model: Model, shape: Shape, classes: int) -> nn.Module:
         depth=model.depth,
         num_heads=model.heads,
         num_classes=classes,
+        **stem,
     )
+
+
+def _convolutions(model: Model, img_size: Any, in_chans: int, **how: Any) -> nn.Module:
+    """In place of timm's patches: 3 x 3 convolutions of stride 2, each twice as wide as the one before."""
+    from timm.layers.hybrid_embed import HybridEmbed
+    from timm.models.vision_transformer_hybrid import ConvStem
+
+    depth = model.patch_size.bit_length() - 1
+    stem = ConvStem(in_chans, depth, model.dim, stride=depth * (2,))
+    return HybridEmbed(stem, img_size, in_chans=in_chans, embed_dim=model.dim, proj=False)
 
 
 def _timm(model: Model, shape: Shape, classes: int | None, weights: bool = False) -> nn.Module:

@@ -40,6 +40,9 @@ class Model(Section):
     """Attention heads (vit)."""
     patch_size: Positive = 8
     """Pixels on a side of one token (vit)."""
+    stem: Literal["patches", "convolutions"] = "patches"
+    """What makes tokens of pixels (vit): one product with each patch, or convolutions that halve the image until a
+    patch is one place (Xiao et al. 2021)."""
     blocks: Positive | None = None
     """Keep the first so many transformer blocks (timm, torchvision); all where it is null."""
     mean: Channels[float] | None = None
@@ -47,9 +50,11 @@ class Model(Section):
     std: Channels[Annotated[float, Field(gt=0)]] | None = None
 
     @model_validator(mode="after")
-    def _heads_divide_dim(self) -> Model:
+    def _fits(self) -> Model:
         if self.dim % self.heads:
             raise ValueError(f"dim {self.dim} is not a multiple of heads {self.heads}")
+        if self.stem == "convolutions" and (self.patch_size < 2 or self.patch_size.bit_count() > 1):
+            raise ValueError(f"patch_size {self.patch_size} is no power of two: each convolution halves")
         if (self.mean is None) != (self.std is None):
             raise ValueError("mean and std belong together")
         return self
@@ -114,6 +119,8 @@ class Pretrained(Recipe):
             place = PurePath(self.file)
             if place.is_absolute() or ".." in place.parts:
                 raise ValueError(f"file {self.file} lies outside of the project: what url brings is kept inside")
+        if self.method == "mae" and self.model.stem != "patches":
+            raise ValueError("method: mae hides patches, and a stem of convolutions looks across them")
         if self.weights is not None and self.method != "published":
             raise ValueError("weights belongs to method: published")
         if (self.supervision is None) == self.given:
