@@ -2,7 +2,7 @@
 
 cosmic-ray makes them: another operator or number, a condition turned around, a loop that is never entered. Places are
 drawn (seeded), and of each one mistake. It is written into a copy of the sources, and the tests that ran its line run
-again, the quickest file first, until one fails. What was killed is remembered while its file stays as it is.
+again, the quickest files first, until one fails. What was killed is remembered while its file stays as it is.
 
 This needs cosmic-ray alone; the tests run in the project's own Python: ``mutants.py PYTHON SAMPLE SEED``.
 """
@@ -25,6 +25,7 @@ import xml.etree.ElementTree as ET
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
@@ -33,19 +34,20 @@ REPORT, EXPLAINED = ROOT / "reports" / "mutants.md", ROOT / "tests" / "mutants.c
 HELD = ROOT / "data" / "mutants"
 PACKAGES = [f"utilized_rank/{name}" for name in ("networks", "ranks", "compression")]
 QUICK = "not slow and not large and not networks and not gpu and not faults"
-PATIENCE, START = 5, 60
-"""A run may take this many times as long as without a mutant, and so many seconds more."""
+ENOUGH = 100
+"""Seconds of tests that a mutant is given, the quickest files first."""
+PATIENCE = 40
+"""Seconds that a test may take: twice what the slowest does."""
 MEMORY = 8 * 2**30
 """Bytes that a run may take: a mutant asks for any amount."""
-KILLED, ENDLESS, SURVIVED = "killed", "timed out", "survived"
 
 PAGE = """# Mutants
 
 What `make mutants SAMPLE={sample} SEED={seed}` found: cosmic-ray {version} can change the library (`networks`, `ranks`,
-`compression`) at {places} places; {sample} were drawn, and one mistake made at each. **{killed} of {sample} are killed
-({share:.0%})**: a test fails, or ({endless}) the tests do not end. {left} survive, of which {explained} are explained;
-of the others {rest:.0%} are killed. Annotations, which nothing evaluates, do not count. The hash of the three
-packages is `{code}`.
+`compression`) at {places} places; {sample} were drawn, and one mistake made at each.
+**{killed} of {sample} are killed ({share:.0%})**: a test fails, or does not end. {left} survive, of which {explained}
+are explained; of the others {rest:.0%} are killed. Annotations, which nothing evaluates, do not count. The hash of the
+three packages is `{code}`.
 
 | package | mutants | killed |
 |---|---|---|
@@ -95,7 +97,11 @@ def drawn(sources: Path, seed: int) -> Iterator[Mutant]:
         operator, occurrence = draw.choice(ways[path, place])
         code = (sources / path).read_text()
         mutated = mutate_code(code, operator, occurrence)
-        if bare(mutated) != bare(code):
+        try:
+            differs = bare(mutated) != bare(code)
+        except SyntaxError:  # the slash in a signature is no operator
+            continue
+        if differs:
             yield Mutant(path, place[0], *changed(code, mutated), mutated)
 
 
@@ -141,43 +147,46 @@ class Suite:
         files = [its for its in (ROOT / "tests").glob("test_*.py") if any(name in its.read_text() for name in names)]
         told, data = self._sources / "tests.xml", self._sources / "coverage"
         cov = ["--cov=utilized_rank", "--cov-config=/dev/null", "--cov-context=test", "--cov-report="]
-        status = self.run([*sorted(map(str, files)), *cov, f"--junitxml={told}"], None, COVERAGE_FILE=str(data))
-        if status != 0:
+        if not self.run([*sorted(map(str, files)), *cov, f"--junitxml={told}"], COVERAGE_FILE=str(data)):
             raise SystemExit("the tests fail without a mutant")
         for case in ET.parse(told).getroot().iter("testcase"):
             self._seconds[f"{case.get('file')}::{case.get('name')}"] = float(case.get("time", 0))
-        lines = self._sources / "coverage.json"
-        how = ["json", "--quiet", "--show-contexts", "--data-file", str(data), "-o", str(lines)]
+        lines = self._sources / "lines.json"
+        how = ["json", "--quiet", "--rcfile=/dev/null", "--show-contexts", "--data-file", str(data), "-o", str(lines)]
         subprocess.run([self._python, "-m", "coverage", *how], cwd=ROOT, check=True)
         root = self._sources.relative_to(ROOT)
         files = json.loads(lines.read_text())["files"]
         self._lines = {Path(name).relative_to(root).as_posix(): its["contexts"] for name, its in files.items()}
 
     def of(self, mutant: Mutant) -> list[str]:
-        """Those that ran its line, the quickest file first: a whole file where a fixture ran it, or an import."""
+        """Those that ran its line, the quickest files, as far as there is time.
+
+        All tests of a file where a fixture ran it, or an import.
+        """
         lines = self._lines[mutant.path]
         # Of a statement of several lines not every one is recorded.
         seen = lines[max((its for its in lines if int(its) <= mutant.line), key=int)]
         if "" in seen:
             seen = [f"{its}|import" for of_line in lines.values() for its in of_line if its]
-        phases = (its.rsplit("|", 1) for its in seen)
-        chosen = {name if phase == "run" else _file(name) for name, phase in phases}
-        costs: Counter[str] = Counter()
-        for name in chosen:
-            costs[_file(name)] += self.seconds([name])
-        asked = (name for name in chosen if name == _file(name) or _file(name) not in chosen)
-        return sorted(asked, key=lambda name: (costs[_file(name)], name))
+        by_file: dict[str, set[str]] = defaultdict(set)
+        for name, phase in (its.rsplit("|", 1) for its in seen):
+            by_file[_file(name)].add(name if phase == "run" else _file(name))
+        asked = [[file] if file in names else sorted(names) for file, names in by_file.items()]
+        asked.sort(key=lambda names: (self.seconds(names), names))
+        spent = [*accumulate(map(self.seconds, asked))]
+        return [name for names, its in zip(asked, spent, strict=True) if its <= max(ENOUGH, spent[0]) for name in names]
 
     def seconds(self, chosen: list[str]) -> float:
         """What they take without a mutant."""
         return sum(its for name, its in self._seconds.items() if {name, _file(name)} & {*chosen})
 
-    def run(self, arguments: list[str], timeout: float | None, **environment: str) -> int | None:
-        """The status of pytest; None where it did not end in time."""
+    def run(self, arguments: list[str], timeout: float | None = None, **environment: str) -> bool:
+        """Whether pytest ends in time, and no test fails."""
         # Bytecode is told from old by the size and the second of its source, which a mutant may share.
         own = {"PYTHONPATH": str(self._sources), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+        limit = ["-o", f"faulthandler_timeout={PATIENCE}", "-o", "faulthandler_exit_on_timeout=true"]
         process = subprocess.Popen(
-            [self._python, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-m", QUICK, *arguments],
+            [self._python, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-m", QUICK, *limit, *arguments],
             cwd=ROOT,
             env=os.environ | own | environment,
             stdout=(self._sources / "told.txt").open("w"),
@@ -186,51 +195,50 @@ class Suite:
             preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY)),
         )
         try:
-            return process.wait(timeout)
-        except subprocess.TimeoutExpired:
-            return None
+            return process.wait(timeout) == 0
+        except subprocess.TimeoutExpired:  # one test has its limit, but not what is imported
+            return False
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
 
-    def outcome(self, mutant: Mutant) -> str:
-        """What they say of it."""
+    def notice(self, mutant: Mutant) -> bool:
+        """Whether one of them fails."""
         chosen, file = self.of(mutant), self._sources / mutant.path
         before = file.read_text()
         try:
             file.write_text(mutant.code)
-            status = self.run(chosen, START + PATIENCE * self.seconds(chosen))
+            return not self.run(chosen, 2 * (PATIENCE + self.seconds(chosen)))
         finally:
             file.write_text(before)
-        return {None: ENDLESS, 0: SURVIVED}.get(status, KILLED)
 
 
 def _file(test: str) -> str:
     return test.split("::")[0]
 
 
-def report(outcomes: list[tuple[Mutant, str]], explained: dict[tuple[str, ...], str], **about: object) -> str:
+def report(drawn: list[Mutant], killed: set[str], explained: dict[tuple[str, ...], str], **about: object) -> str:
     """The whole page, in Markdown."""
-    left = [mutant for mutant, how in outcomes if how == SURVIVED]
+    left = [mutant for mutant in drawn if mutant.key not in killed]
     whys = [explained.get((mutant.path, mutant.before, mutant.after), "") for mutant in left]
-    killed, reasons = len(outcomes) - len(left), sum(map(bool, whys))
+    reasons = sum(map(bool, whys))
     packages = []
     for package in PACKAGES:
-        its = [how != SURVIVED for mutant, how in outcomes if mutant.path.startswith(package)]
+        its = [mutant.key in killed for mutant in drawn if mutant.path.startswith(package)]
         packages.append(f"| `{Path(package).name}` | {len(its)} | {sum(its)} |\n")
     rows = []
     for its, why in sorted(zip(left, whys, strict=True), key=lambda pair: (pair[0].path, pair[0].line)):
         where = f"{its.path.removeprefix('utilized_rank/')}:{its.line}"
         rows.append(f"| {where} | {_code(its.before)} | {_code(its.after)} | {why} |\n")
+    sample = len(drawn)
     return PAGE.format(
-        sample=len(outcomes),
-        killed=killed,
-        share=killed / len(outcomes),
-        endless=sum(how == ENDLESS for _, how in outcomes),
+        sample=sample,
+        killed=sample - len(left),
+        share=1 - len(left) / sample,
         left=len(left),
         explained=reasons,
-        rest=killed / (len(outcomes) - reasons),
+        rest=(sample - len(left)) / (sample - reasons),
         packages="".join(packages),
         survivors="".join(rows),
         **about,
@@ -251,19 +259,19 @@ def main(python: str, sample: int, seed: int) -> None:
     """Draw, run, and write the page."""
     from importlib.metadata import version
 
-    sources, known = HELD / "src", HELD / "outcomes.json"
+    sources, known = HELD / "src", HELD / "killed.json"
     shutil.rmtree(sources, ignore_errors=True)
     shutil.copytree(ROOT / "src", sources, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
-    remembered = json.loads(known.read_text()) if known.is_file() else {}
-    tests, outcomes = Suite(python, sources), []
-    tests.trace()
-    for mutant, _ in zip(drawn(sources, seed), range(sample), strict=False):
-        how = remembered.get(mutant.key, SURVIVED)
-        if how == SURVIVED:
-            how = remembered[mutant.key] = tests.outcome(mutant)
-            known.write_text(json.dumps(remembered, indent=1))
-        outcomes.append((mutant, how))
-        print(f"{len(outcomes)} {how}: {mutant.path}:{mutant.line}\n- {mutant.before}\n+ {mutant.after}", flush=True)
+    killed = set(json.loads(known.read_text())) if known.is_file() else set()
+    suite = Suite(python, sources)
+    suite.trace()
+    some = list(islice(drawn(sources, seed), sample))
+    for i, mutant in enumerate(some):
+        if mutant.key not in killed and suite.notice(mutant):
+            killed.add(mutant.key)
+            known.write_text(json.dumps(sorted(killed)))
+        how = "killed" if mutant.key in killed else "survives"
+        print(f"{i + 1} {how}: {mutant.path}:{mutant.line}\n- {mutant.before}\n+ {mutant.after}", flush=True)
     files = sorted(its for package in PACKAGES for its in (sources / package).glob("*.py"))
     about = {
         "seed": seed,
@@ -271,7 +279,7 @@ def main(python: str, sample: int, seed: int) -> None:
         "places": len(places(sources)),
         "code": hashlib.sha256(b"".join(its.read_bytes() for its in files)).hexdigest()[:12],
     }
-    REPORT.write_text(report(outcomes, explanations(), **about))
+    REPORT.write_text(report(some, killed, explanations(), **about))
     print(REPORT)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import mutants
 import pytest
-from mutants import ENDLESS, KILLED, SURVIVED, Mutant, Suite
+from mutants import Mutant, Suite
 
 LIBRARY = """from __future__ import annotations
 
@@ -71,16 +71,17 @@ def mutant(before: str, after: str) -> Mutant:
 
 
 def test_those_that_ran_a_line_are_asked_and_tell_a_mistake_from_none(project, monkeypatch):
-    tests = Suite(sys.executable, project)
-    tests.trace()
+    suite = Suite(sys.executable, project)
+    suite.trace()
     wrong = mutant("    return number // 2", "    return number // 3")
     alike = mutant("    found = 0", "    found = 0 * 1")
-    assert tests.of(wrong) == ["tests/test_numbers.py::test_half"]
-    assert tests.of(alike) == ["tests/test_numbers.py"]  # a fixture ran it, for any of them
-    assert tests.of(mutant("def half(number: int) -> int:", "def third():")) == ["tests/test_numbers.py"]
-    assert [tests.outcome(wrong), tests.outcome(alike)] == [KILLED, SURVIVED]
-    monkeypatch.setattr(mutants, "START", 1)
-    assert tests.outcome(mutant("        found += 1", "        found += 0")) == ENDLESS
+    assert suite.of(wrong) == ["tests/test_numbers.py::test_half"]
+    assert suite.of(alike) == ["tests/test_numbers.py"]  # a fixture ran it, for any of them
+    assert suite.of(mutant("def half(number: int) -> int:", "def third():")) == ["tests/test_numbers.py"]
+    assert [suite.notice(wrong), suite.notice(alike)] == [True, False]
+    monkeypatch.setattr(mutants, "PATIENCE", 1)  # of a test, when all that it needs is there
+    assert suite.notice(mutant("        found += 1", "        found += 0"))
+    assert "Timeout" in (project / "told.txt").read_text()
     assert (project / wrong.path).read_text() == LIBRARY
 
 
@@ -103,13 +104,12 @@ def test_a_change_is_told_by_the_lines_that_differ():
 
 
 def test_the_page_counts_what_is_killed_and_explains_what_is_not():
-    one, other, third = (Mutant("utilized_rank/ranks/a.py", i, "x = a | b", f"x = {i}", "") for i in (30, 4, 5))
-    outcomes = [(one, SURVIVED), (other, SURVIVED), (third, KILLED), (third, ENDLESS)]
-    explained = {(one.path, one.before, one.after): "it is the same"}
-    page = mutants.report(outcomes, explained, seed=7, version="8", places=9, code="abc")
+    drawn = [Mutant("utilized_rank/ranks/a.py", i, "x = a | b", f"x = {i}", str(i)) for i in (30, 4, 5, 6)]
+    explained = {("utilized_rank/ranks/a.py", "x = a | b", "x = 30"): "it is the same"}
+    page = mutants.report(drawn, {its.key for its in drawn[2:]}, explained, seed=7, version="8", places=9, code="abc")
     assert "SAMPLE=4 SEED=7" in page
-    assert "**2 of 4 are killed\n(50%)**" in page
-    assert "(1) the tests do not end. 2 survive, of which 1 are explained;\nof the others 67%" in page
+    assert "**2 of 4 are killed (50%)**" in page
+    assert "2 survive, of which 1\nare explained; of the others 67%" in page
     assert "| `ranks` | 4 | 2 |\n" in page
     assert page.splitlines()[-2:] == [
         r"| ranks/a.py:4 | `` x = a \| b `` | `` x = 4 `` |  |",
