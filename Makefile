@@ -9,7 +9,7 @@ BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export DVC_NO_ANALYTICS := 1
 
-.PHONY: repro verify test test-faults test-large test-networks test-gpu test-cluster test-oldest bench language-model docs lint lock sbom audit dist clean
+.PHONY: repro verify test test-faults test-large test-networks test-gpu test-cluster test-oldest mutants bench language-model docs lint lock sbom audit dist clean
 repro: .venv/ready
 	$(if $(STUDY),$(BIN)/utilized-rank study $(STUDY))
 	$(BIN)/utilized-rank check $(if $(STUDY),--study $(STUDY))
@@ -57,6 +57,13 @@ test-oldest: export PATH := $(CURDIR)/.venv-oldest/bin:$(PATH)
 test-oldest: .venv-oldest/ready
 	.venv-oldest/bin/pytest
 
+# Make small mistakes in the library and see whether its tests notice: reports/mutants.md (under an hour of one core). What
+# survived is asked again, what was killed only where its file has changed; `make mutants SEED=1` makes other mistakes.
+SAMPLE := 79
+SEED := 0
+mutants: .venv/ready .venv-mutants/ready
+	.venv-mutants/bin/python tests/mutants.py $(BIN)/python $(SAMPLE) $(SEED)
+
 # Measure what the package costs (about an hour on two cores); `make bench ONLY="search moments"` for some of it.
 # Threads that wait spin briefly, as in the stages.
 bench: .venv/ready
@@ -84,6 +91,12 @@ lint: .venv/ready
 	$(@D)/bin/pip install --quiet --no-deps --require-hashes -r $(filter %.lock,$^)
 	$(@D)/bin/pip install --quiet -r $(filter %.txt,$^)
 	$(@D)/bin/pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
+
+# The tool that makes mistakes needs nothing of the project, and the project nothing of it.
+.venv-mutants/ready:
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet cosmic-ray==8.7.0
 	touch $@
 
 # Resolve the ranges of pyproject.toml anew, for every platform (needs uv): the newest versions, and the oldest. What torch
@@ -117,4 +130,4 @@ dist: .venv/ready
 	$(BIN)/python tests/installed.py dist/*.whl
 
 clean:
-	rm -rf .venv .venv-oldest dist site
+	rm -rf .venv .venv-oldest .venv-mutants dist site

@@ -173,3 +173,10 @@ def test_they_pay_where_patches_of_one_group_overlap(kind, expected):
 def test_they_pay_on_images_that_are_mostly_border_too(side):
     """A padded patch that lies mostly outside has few products of two pixels."""
     assert pays(nn.Conv2d(2, 2, 3, padding=1), side, side)
+
+
+def test_where_patches_do_not_overlap_after_all_correlations_save_nothing():
+    """One patch a row of 3 pixels, of which no product is met twice; in a row of 4 some are."""
+    module = nn.Conv2d(2, 2, (1, 3))
+    assert not pays(module, 5, 3)
+    assert pays(module, 5, 4)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from utilized_rank.compression.lowrank import FORMS, Channel, Factors, Fit, Spatial, forms_of, saves, weights_a_rank
-from utilized_rank.compression.pairs import factorized, form_of, pair, restructure, substitute
+from utilized_rank.compression.pairs import factorized, form_of, indivisible, pair, restructure, substitute
 from utilized_rank.ranks.layers import Layer, countable
 from utilized_rank.ranks.moments import Moments, input_moments
 from utilized_rank.ranks.projection import replaced
@@ -411,3 +411,10 @@ def test_the_form_says_whether_there_is_a_bias(bias, kind):
     layer = convolution_of(2, 5, 3, 3, bias=bias)
     factors = Spatial(fit_of(layer, kind)).factors(2)
     assert form_of(factorized(layer, factors), factors) == ["spatial", 2, int(bias or kind == "whitened")]
+
+
+def test_whether_layers_can_be_put_in_two_is_tried_without_gradients(make, images):
+    network, graded = make("residual"), []
+    network.register_forward_hook(lambda *_: graded.append(torch.is_grad_enabled()))
+    assert indivisible(network, countable(network).layers, images[:2]) == {}
+    assert graded == [False]

@@ -2,8 +2,10 @@
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from functools import partial
+from importlib import import_module
+from pkgutil import walk_packages
 from typing import Any
 
 import pytest
@@ -481,3 +483,13 @@ def test_parts_of_another_type_keep_it_out_of_a_folder(tmp_path):
     assert {name: tensor.dtype for name, tensor in loaded.state_dict().items()} == types
     assert types["fine"] == torch.float64
     assert_same(loaded, small, inputs, 1e-5)
+
+
+def test_what_the_library_tells_stays_as_it_was_told():
+    """Only sums, which grow batch by batch, can be changed."""
+    rooms = ("networks", "ranks", "compression")
+    names = [its.name for its in walk_packages(ur.__path__, "utilized_rank.") if its.name.split(".")[1] in rooms]
+    found = {its for name in names for its in vars(import_module(name)).values() if isinstance(its, type)}
+    kinds = [its for its in found if is_dataclass(its)]
+    assert {its.__name__ for its in kinds if not its.__dataclass_params__.frozen} == {"Moments", "Trial"}
+    assert len(kinds) > 20

@@ -19,6 +19,7 @@ from utilized_rank.networks.attention import explicit
 from utilized_rank.networks.evaluation import outputs, received
 from utilized_rank.networks.modules import SamePad
 from utilized_rank.networks.plain import plain
+from utilized_rank.networks.products import Padding
 from utilized_rank.networks.suffix import Traced
 from utilized_rank.ranks.layers import countable
 from utilized_rank.ranks.moments import input_moments
@@ -540,3 +541,9 @@ def test_of_the_published_efficientnet_lite_all_but_the_depthwise_layers_count()
     }
     substitute(network, pairs)
     torch.testing.assert_close(outputs(network, x), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("amounts", [(1, 1, 1, 1, 1, 0), (0, 0, 0, 0, 0, 1)])
+def test_channels_that_are_padded_are_no_padding_of_a_convolution(amounts):
+    assert Padding(torch.zeros(1, 3, 8, 8), amounts).kind == "other"
+    assert Padding(torch.zeros(1, 3, 8, 8), amounts[:4]).kind == "zeros"

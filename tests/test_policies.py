@@ -20,7 +20,7 @@ from utilized_rank.compression.costs import (
     latency_costs,
     parameter_costs,
 )
-from utilized_rank.compression.losses import Losses, Table, curvature_losses, divergence_losses, energy_losses
+from utilized_rank.compression.losses import Line, Losses, Table, curvature_losses, divergence_losses, energy_losses
 from utilized_rank.compression.lowrank import Factors, Fit, Target, optimal, saves
 from utilized_rank.compression.pairs import bias_of, factorized, substitute
 from utilized_rank.compression.policies import Budgets, Cumulative, closest, descend, independent, joint
@@ -416,6 +416,19 @@ def test_what_was_measured_stands_in_the_table(make, images, name):
     for its, (form, rank) in choices.items():
         measured = found[its][form, rank]
         assert table[its][form][rank - 1] == pytest.approx(measured, rel=1e-6, abs=2e-3 * largest)
+
+
+@pytest.mark.parametrize(("power", "slope"), [(0.5, 1.0), (1.0, 1.0), (1.5, 1.5), (2.0, 2.0), (3.0, 2.0)])
+@pytest.mark.parametrize("most", [1.5, 10.0])
+def test_a_line_has_the_power_that_was_measured_between_1_and_2(power, slope, most):
+    """However close the points lie."""
+    predicted = np.geomspace(1, most, 8)
+    assert Line(predicted, 3 * predicted**power).slope == pytest.approx(slope, abs=0.05)
+
+
+def test_a_line_through_one_point_is_a_multiple_of_what_was_predicted():
+    line = Line(np.array([2.0]), np.array([6.0]))
+    np.testing.assert_allclose(line.through(np.array([1.0, 2.0, 4.0]), [], "channel"), [3, 6, 12], rtol=0.01)
 
 
 def test_a_layer_that_no_gradient_reaches_is_measured(make, images):

@@ -175,6 +175,26 @@ def test_many_dimensions_are_not_iterated_for(dimensions, monkeypatch):
     assert found.vectors.shape == (300, dimensions or 300)
 
 
+@pytest.mark.parametrize("scale", [1e-9, 1.0, 1e9])
+@pytest.mark.parametrize("exponent", [0.5, 1.0])
+def test_iteration_looks_now_and_then_whether_it_has_converged(exponent, scale, monkeypatch):
+    """In blocks of 2 for 16 dimensions, first at 3 * 16 + 3 * 2 vectors; no problem of the whole order is solved."""
+    orders: list[int] = []
+    top = subspaces._top
+    monkeypatch.setattr(subspaces, "_top", lambda matrix, k: orders.append(len(matrix)) or top(matrix, k))
+    leading(scale * with_spectrum(powers(400, exponent)), 16)
+    assert len(orders) > 1
+    assert orders == [*range(54, 54 + 8 * len(orders), 8)]
+    assert orders[-1] <= 200
+
+
+def test_a_part_of_the_dimensions_is_asked_of_scipy_on_the_processor_alone(monkeypatch):
+    """Elsewhere there is nothing that it could read, as here on the meta device."""
+    monkeypatch.setattr(subspaces, "LARGE", 8)
+    values, vectors = subspaces._top(torch.empty(16, 16, dtype=torch.float64, device="meta"), 4)
+    assert (values.device.type, values.shape, vectors.shape) == ("meta", (4,), (16, 4))
+
+
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("rank", [300, 20])
 def test_a_part_of_the_dimensions_of_a_large_matrix_is_that_of_all(groups, rank, monkeypatch):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from utilized_rank.networks.devices import free_memory
 from utilized_rank.networks.suffix import Suffix, Traced
 from utilized_rank.ranks.layers import Layer, countable
 from utilized_rank.ranks.projection import replaced
@@ -345,3 +346,11 @@ def test_a_weight_that_is_read_directly_is_seen_replaced(images):
     for layer in countable(network).layers:
         suffix.move_to(layer.name)
         assert_logits_are_the_networks(network, suffix, layer)
+
+
+def test_of_a_gpu_half_of_what_is_free_is_taken_and_of_the_processor_the_budget_alone(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1001, 4000))
+    assert [free_memory(torch.device(name)) for name in ("cuda:0", "cpu", "mps")] == [500, 0, 0]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert free_memory(torch.device("cuda")) == 0

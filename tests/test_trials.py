@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from benchmarks.plain import Plain
 from utilized_rank.networks.evaluation import Labelled
 from utilized_rank.networks.precision import autocast
+from utilized_rank.networks.suffix import Suffix
 from utilized_rank.ranks.layers import Layer, countable
 from utilized_rank.ranks.measure import layer_ranks
 from utilized_rank.ranks.moments import input_moments
@@ -356,6 +357,13 @@ def test_forwards_are_the_part_of_the_images_times_the_part_of_the_network(make,
 
 def bits(network: nn.Module) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in network.state_dict().items()}
+
+
+def test_memory_is_in_mib(make, images, monkeypatch):
+    budgets: list[int] = []
+    monkeypatch.setattr("utilized_rank.ranks.trials.Suffix", lambda *its: budgets.append(its[-1]) or Suffix(*its))
+    Trials(make("shared"), Labelled(images, torch.zeros(len(images), dtype=torch.int64)), 3)
+    assert budgets == [3 * 2**20]
 
 
 @pytest.mark.parametrize("name", ["residual", "data_dependent"])
