@@ -302,6 +302,19 @@ def test_augmentation_is_drawn_from_the_generator_alone(generator):
     assert not torch.equal(seeded[0], seeded[2])
 
 
+@pytest.mark.parametrize("where", ["files", "memory"])
+def test_a_part_of_inputs_is_those_images_and_reads_none_of_them(large, where, monkeypatch):
+    inputs = (large if where == "files" else in_memory(large)).inputs("train", 9)
+    which = torch.tensor([7, 0, 3])
+    whole, wanted = inputs[:], inputs[which]
+    with monkeypatch.context() as patch:
+        patch.setattr(Files, "__getitem__", None)
+        some, first = inputs.part(which), inputs.part(slice(2, 6))
+    assert (len(some), len(first)) == (3, 4)
+    torch.testing.assert_close(some[:], wanted, rtol=0, atol=0)
+    torch.testing.assert_close(torch.cat([*first.split(3)]), whole[2:6], rtol=0, atol=0)
+
+
 def test_a_crop_moves_every_image_by_whole_pixels_and_black_comes_in(generator):
     images = torch.randint(1, 256, (60, 2, 6, 5), generator=generator, dtype=torch.uint8)
     moved = augmentation.cropped(images, 2, generator)

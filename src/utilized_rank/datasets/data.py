@@ -15,7 +15,7 @@ from ..base.sections import StudyError
 from ..base.store import Store
 from ..networks.devices import CPU
 from .augmentation import augment, cropped, views
-from .images import Files, Images, Split, stream
+from .images import Files, Images, Split, part, stream
 from .sections import Augmentation
 
 SPLITS = ("train", "search", "test")
@@ -84,7 +84,9 @@ class Dataset:
     def inputs(self, split: str, first: int | None = None) -> Inputs:
         """The normalised images of a split (its first ``first`` of them)."""
         images = self.splits[split].images
-        return Inputs(self, images, len(images) if first is None else min(first, len(images)))
+        # To normalise takes no other images: inputs may be sent to another machine.
+        without = replace(self, splits={}, searched=None)
+        return Inputs(without, images, len(images) if first is None else min(first, len(images)))
 
     def labels(self, split: str) -> Tensor:
         """The labels of a split, int64 (N,)."""
@@ -107,6 +109,11 @@ class Inputs:
         """Some of them."""
         rows = torch.arange(self.count)[which]
         return self.dataset.normalised(self.images[rows])
+
+    def part(self, which: Tensor | slice) -> Inputs:
+        """Some of them, not read yet."""
+        rows = torch.arange(self.count)[which]
+        return Inputs(self.dataset, part(self.images, rows), len(rows))
 
     def split(self, size: int) -> Iterator[Tensor]:
         """All of them, so many at a time."""
