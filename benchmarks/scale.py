@@ -47,11 +47,10 @@ def measure(setting: Setting) -> pd.DataFrame:
         looked = found.evaluations.query("images > 0")
         share = (looked.forwards * len(labels) / looked.images).groupby(looked.layer).first()
         passes, seconds = (found.evaluations.groupby("layer")[column].sum() for column in ("forwards", "seconds"))
+        about = {"network": name, "images": len(labels), "pass": _pass(network, inputs)}
         for layer in found.layers.layer:
-            about = {"before": 1 - share[layer], "passes": passes[layer], "seconds": seconds[layer]}
-            rows.append(
-                {"network": name, "layer": layer, "images": len(labels), "pass": _pass(network, inputs), **about}
-            )
+            took = {"before": 1 - share[layer], "passes": passes[layer], "seconds": seconds[layer]}
+            rows.append({"layer": layer, **about, **took})
         print(name, found.evaluations.forwards.sum(), flush=True)
     return pd.DataFrame(rows)
 
